@@ -1,0 +1,17 @@
+// This instruction set's instance of the kernel table.
+#include "kernels.h"
+
+namespace rf {
+namespace RF_ISA {
+
+void add_relu(const AddReluArgs&);
+void add_relu_backward(const AddReluBackwardArgs&);
+
+extern const Kernels kKernels;
+const Kernels kKernels = {
+    /*add_relu=*/add_relu,
+    /*add_relu_backward=*/add_relu_backward,
+};
+
+}  // namespace RF_ISA
+}  // namespace rf
