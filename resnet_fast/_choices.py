@@ -1,0 +1,117 @@
+"""Measured choices, kept between runs: one JSON file per machine and software, safe against races and garbage.
+
+The file is a convenience: whatever is wrong with it (truncated, foreign-owned, writable by others, read-only home) it
+is ignored, choices are then measured again and kept in memory only.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import json
+import os
+import platform
+import stat
+import threading
+from pathlib import Path
+
+import torch
+
+from resnet_fast import _native
+
+FORMAT = 1
+_lock = threading.RLock()
+_known: dict[str, str] | None = None
+_fresh: dict[str, str] = {}
+
+
+@functools.cache
+def machine() -> str:
+    """The processor or card and the software the choices were measured with."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as f:
+            name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
+    except OSError:
+        pass
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{name}, {_native.isa()}, {card}, torch {torch.__version__}"
+
+
+def path() -> Path:
+    """The file of this machine's choices, in `RESNET_FAST_CACHE` or the user's cache folder."""
+    folder = os.environ.get("RESNET_FAST_CACHE")
+    if not folder:
+        import platformdirs
+
+        folder = platformdirs.user_cache_dir("resnet_fast")
+    return Path(folder) / f"choices-{hashlib.sha256(machine().encode()).hexdigest()[:16]}.json"
+
+
+def _trusted(file: Path) -> bool:
+    if not hasattr(os, "getuid"):
+        return True
+    info = file.stat()
+    return info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _read(file: Path) -> dict[str, str]:
+    try:
+        if not _trusted(file):
+            return {}
+        data = json.loads(file.read_text())
+        if data["format"] != FORMAT or data["machine"] != machine():
+            return {}
+        return {k: v for k, v in data["choices"].items() if isinstance(k, str) and isinstance(v, str)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def get(key: str) -> str | None:
+    """The choice measured for this key, if any."""
+    global _known
+    if _known is None:
+        with _lock:
+            if _known is None:
+                _known = _read(path())
+    return _known.get(key)
+
+
+def put(key: str, choice: str) -> None:
+    """Keep a choice in memory now, and in the file when the process ends (or `save` is called)."""
+    with _lock:
+        get(key)
+        _known[key] = _fresh[key] = choice  # type: ignore[index]
+
+
+def clear() -> None:
+    """Forget every choice in memory; the file stays."""
+    global _known
+    with _lock:
+        _known = {}
+        _fresh.clear()
+
+
+def save() -> None:
+    """Merge this process's new choices into the file; atomic, and silent where the folder cannot be written."""
+    with _lock:
+        if not _fresh:
+            return
+        from filelock import FileLock, Timeout
+
+        file = path()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with FileLock(f"{file}.lock", timeout=5):
+                choices = _read(file) | _fresh
+                temporary = file.with_suffix(f".{os.getpid()}.tmp")
+                temporary.write_text(json.dumps({"format": FORMAT, "machine": machine(), "choices": choices}, indent=0))
+                temporary.chmod(0o600)
+                temporary.replace(file)
+            _fresh.clear()
+        except (OSError, Timeout):
+            return
+
+
+atexit.register(save)

@@ -1,0 +1,187 @@
+"""The only chooser: which room runs an operator, for which reason, measured when there is a choice.
+
+An operator's *rooms* are the modules `resnet_fast/ops/<op>/<room>.py`. Each has the same doors as the eager room, and
+`why_not(door, *args)`, which returns None when the room can take these very tensors and otherwise says why it cannot.
+
+The automatic choice, in this order:
+
+1. a backend asked for by name (`use_backend`, else `RESNET_FAST_BACKEND`): that room, or an error with its sentence;
+2. `RESNET_FAST_DISABLE=1`: eager;
+3. the only room that can;
+4. the choice measured before for this operator, shape, dtype, layout, device and thread count;
+5. with `RESNET_FAST_TUNE=0`: the first room of `ORDER` that can; otherwise every room that can is timed on the tensors
+   at hand, eager among them, and the fastest is kept.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from resnet_fast import _choices
+
+log = logging.getLogger("resnet_fast")
+
+#: Rooms by rank: without a measurement the first that can is taken.
+ORDER = ("cuda", "triton", "cpu", "onednn", "eager")
+#: Names a user may ask for.
+BACKENDS = ("auto", *ORDER)
+_ROUNDS = 3
+
+_local = threading.local()
+_rooms: dict[tuple[str, str], ModuleType | None] = {}
+_tune_lock = threading.Lock()
+
+
+def room(op: str, name: str) -> ModuleType | None:
+    """The module `resnet_fast.ops.<op>.<name>`, imported on first use, or None where the operator has no such room."""
+    key = (op, name)
+    if key not in _rooms:
+        path = f"resnet_fast.ops.{op}.{name}"
+        _rooms[key] = importlib.import_module(path) if importlib.util.find_spec(path) else None
+    return _rooms[key]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator in this thread by one backend while the context lasts.
+
+    Args:
+        name: "auto" (the measured choice), "eager", "cpu", "onednn", "triton" or "cuda". An operator that has no such
+            room, or whose room cannot take the tensors, raises; nothing falls back silently.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    _check_name(name, "use_backend")
+    before = getattr(_local, "forced", None)
+    _local.forced = name
+    try:
+        yield
+    finally:
+        _local.forced = before
+
+
+def _check_name(name: str, where: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: wanted one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+def forced() -> str | None:
+    """The backend asked for by name in this thread, None when the choice is automatic."""
+    name = getattr(_local, "forced", None)
+    if name is None:
+        if os.environ.get("RESNET_FAST_DISABLE", "0") not in ("", "0"):
+            return "eager"
+        name = os.environ.get("RESNET_FAST_BACKEND", "auto") or "auto"
+        _check_name(name, "RESNET_FAST_BACKEND")
+    return None if name == "auto" else name
+
+
+def why_not(op: str, name: str, door: str, args: tuple[Any, ...]) -> str | None:
+    """Why room `name` cannot run this call, None when it can."""
+    module = room(op, name)
+    if module is None:
+        return f"{op} has no {name} room"
+    return module.why_not(door, *args)
+
+
+def run(op: str, door: str, *args: Any) -> Any:
+    """Run a door of an operator in the room chosen for these tensors."""
+    name = forced()
+    if name is not None:
+        reason = why_not(op, name, door, args)
+        if reason is not None:
+            raise RuntimeError(f"resnet_fast: backend {name!r} cannot run {op}.{door}: {reason}")
+        return _call(op, name, door, args)
+    able = [name for name in ORDER if why_not(op, name, door, args) is None]
+    if len(able) == 1:
+        return _call(op, able[0], door, args)
+    key = signature(op, door, args)
+    choice = _choices.get(key)
+    if choice in able:
+        return _call(op, choice, door, args)
+    if os.environ.get("RESNET_FAST_TUNE", "1") == "0" or _capturing(args):
+        return _call(op, able[0], door, args)
+    return _tune(op, door, args, able, key)
+
+
+def _call(op: str, name: str, door: str, args: tuple[Any, ...]) -> Any:
+    events = getattr(_local, "events", None)
+    if events is not None:
+        events.append((op, door, name))
+    return getattr(room(op, name), door)(*args)
+
+
+def _capturing(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(a, torch.Tensor) and a.is_cuda for a in args) and torch.cuda.is_current_stream_capturing()
+
+
+def signature(op: str, door: str, args: tuple[Any, ...]) -> str:
+    """What a choice depends on: the operator, every tensor's shape, dtype and layout, the other arguments, the threads."""
+    parts = [op, door]
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            last = a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last)
+            parts.append(f"{str(a.dtype)[6:]}{list(a.shape)}{'l' if last else 'c' if a.is_contiguous() else 's'}")
+        else:
+            parts.append(str(a))
+    return f"{'|'.join(parts)}|{torch.get_num_threads()}"
+
+
+def _tune(op: str, door: str, args: tuple[Any, ...], able: list[str], key: str) -> Any:
+    """Time the rooms on these tensors, interleaved, keep the fastest; its last result is the call's result."""
+    device = next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu"))
+    with _tune_lock:
+        results: dict[str, Any] = {}
+        best = dict.fromkeys(able, float("inf"))
+        for turn in range(_ROUNDS + 1):  # the first turn warms up
+            for name in able:
+                results[name] = None  # one result alive at a time: outputs are as large as activations
+                seconds, results[name] = _timed(lambda name=name: getattr(room(op, name), door)(*args), device)
+                if turn:
+                    best[name] = min(best[name], seconds)
+                if len(able) > 1 and name != min(best, key=best.get):
+                    results[name] = None
+        winner = min(able, key=lambda name: best[name])
+        log.debug("%s -> %s (%s)", key, winner, ", ".join(f"{n} {1e6 * t:.0f} us" for n, t in best.items()))
+        _choices.put(key, winner)
+    if results[winner] is None:
+        return _call(op, winner, door, args)
+    events = getattr(_local, "events", None)
+    if events is not None:
+        events.append((op, door, winner))
+    return results[winner]
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, result
+    begin = time.perf_counter()
+    result = call()
+    return time.perf_counter() - begin, result
+
+
+@contextmanager
+def record() -> Iterator[list[tuple[str, str, str]]]:
+    """Collect (operator, door, room) of every call this thread makes while the context lasts."""
+    before = getattr(_local, "events", None)
+    _local.events = []
+    try:
+        yield _local.events
+    finally:
+        _local.events = before

@@ -1,0 +1,9 @@
+"""The operators, as functions in torch's argument order. NCHW-shaped tensors in any memory format; channels_last is native."""
+
+from resnet_fast.ops.add_relu.op import add_relu
+from resnet_fast.ops.bn_act.op import bn_act
+from resnet_fast.ops.conv2d.op import conv2d
+from resnet_fast.ops.conv_bn_act.op import conv_bn_act
+from resnet_fast.ops.max_pool2d.op import max_pool2d
+
+__all__ = ["add_relu", "bn_act", "conv2d", "conv_bn_act", "max_pool2d"]

@@ -1,0 +1,77 @@
+"""What a normalising operator must be given, and how running statistics move; shared by bn_act and conv_bn_act."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fast.ops import common
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Statistics are float32, float64 for float64 activations."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def activation(act: str | None, op: str) -> None:
+    """Only ReLU, or none."""
+    if act not in ("relu", None):
+        raise ValueError(f'{op}: wanted act "relu" or None, got {act!r}')
+
+
+def normalised(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    act: str | None,
+    eps: float,
+    op: str,
+) -> None:
+    """Checks of the tensor that is normalised (the convolution's output, where there is one)."""
+    common.check_4d(op, "x", x)
+    activation(act, op)
+    channels = x.shape[1]
+    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        common.check_vector(op, name, t, channels)
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError(f"{op}: running_mean and running_var are wanted when not training, got None")
+    if training and eps <= 0:
+        raise ValueError(f"{op}: eps must be positive in training, got {eps}")
+    residual_like(residual, x.shape, op)
+    common.check_same_device(
+        op, x=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias, residual=residual
+    )
+    if training:
+        several_values(x.shape)
+
+
+def residual_like(residual: Tensor | None, shape: torch.Size | tuple[int, ...], op: str) -> None:
+    """A residual of the output's shape: it is added, never broadcast."""
+    if residual is not None and residual.shape != shape:
+        raise RuntimeError(f"{op}: wanted residual of the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
+    if residual is not None and not residual.is_floating_point():
+        raise RuntimeError(f"{op}: wanted residual of a floating dtype, got {residual.dtype}")
+
+
+def several_values(shape: torch.Size | tuple[int, ...]) -> None:
+    """A variance needs more than one value per channel; torch's own words."""
+    if shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, momentum: float, x: Tensor
+) -> None:
+    """Move the running statistics by the batch's as torch does: the variance unbiased, nothing on an empty batch."""
+    n = x.shape[0] * x.shape[2] * x.shape[3]
+    if n == 0:
+        return
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
+    if running_var is not None:
+        running_var.mul_(1 - momentum).add_(var.to(running_var.dtype), alpha=momentum * (n / (n - 1)))

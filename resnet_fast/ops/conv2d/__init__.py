@@ -1,0 +1,1 @@
+"""conv2d: op.py is the contract, eager.py the specification, the other modules are rooms."""
