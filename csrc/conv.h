@@ -50,6 +50,10 @@ struct ConvKernels {
   void (*pack)(const ConvShape&, DType, int algorithm, void* packed, const float* w, const float* fold, int threads);
   size_t (*scratch_bytes)(const ConvShape&, DType, const ConvConfig&, int threads);
   void (*run)(const ConvArgs&, int rank, int size, void* barrier);  // barrier: the team's Barrier*
+  // Opens a team of `threads` and runs: for callers that have no team of their own.
+  void (*run_alone)(const ConvArgs&, int threads);
+  // Writes up to `max` configurations worth timing, the heuristic's first; returns how many.
+  int (*candidates)(const ConvShape&, DType, int threads, ConvConfig* out, int max);
 };
 
 }  // namespace rf

@@ -2,6 +2,7 @@
 // Every cpu/*.cpp (dispatch.cpp apart) is compiled once per instruction set with RF_ISA naming its namespace.
 #pragma once
 #include "../add_relu.h"
+#include "../conv.h"
 
 #ifndef RF_ISA
 #define RF_ISA baseline
@@ -12,6 +13,7 @@ namespace rf {
 struct Kernels {
   void (*add_relu)(const AddReluArgs&);
   void (*add_relu_backward)(const AddReluBackwardArgs&);
+  const ConvKernels* conv;
 };
 
 // The set in use: the widest the machine has, or the one RESNET_FAST_ISA names.

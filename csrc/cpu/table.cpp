@@ -6,11 +6,13 @@ namespace RF_ISA {
 
 void add_relu(const AddReluArgs&);
 void add_relu_backward(const AddReluBackwardArgs&);
+extern const ConvKernels kConvKernels;
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
     /*add_relu=*/add_relu,
     /*add_relu_backward=*/add_relu_backward,
+    /*conv=*/&kConvKernels,
 };
 
 }  // namespace RF_ISA

@@ -1,0 +1,29 @@
+// The convolution algorithms of one instruction set and the words they share.
+#pragma once
+#include "../conv.h"
+#include "gemm.h"
+#include "parallel.h"
+
+namespace rf {
+namespace RF_ISA {
+
+// One way to compute a convolution. conv.cpp keeps the list; its order is the numbering callers see.
+struct Algorithm {
+  const char* name;
+  const char* (*why_not)(const ConvShape&, DType);
+  ConvConfig (*defaults)(const ConvShape&, DType, int threads);  // block sizes, without `algorithm`
+  size_t (*packed_bytes)(const ConvShape&, DType);
+  void (*pack)(const ConvShape&, DType, void* packed, const float* w, const float* fold, int threads);
+  size_t (*scratch_bytes)(const ConvShape&, DType, const ConvConfig&, int threads);
+  void (*run)(const ConvArgs&, const Team&);
+};
+
+extern const Algorithm kDirect;
+
+// Bytes rounded up to an odd number of cache lines: buffers a power of two apart would share cache sets.
+RF_INLINE size_t odd_lines(size_t bytes) { return (ceil_div(bytes, size_t(64)) | 1) * 64; }
+
+RF_INLINE int64_t depth_of(const ConvShape& s) { return s.R * s.S * (s.C / s.groups); }
+
+}  // namespace RF_ISA
+}  // namespace rf

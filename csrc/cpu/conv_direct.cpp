@@ -1,0 +1,27 @@
+// "direct" in float32, and its doors for both dtypes.
+#include "conv_direct.h"
+
+namespace rf {
+namespace RF_ISA {
+
+void direct_bf16(const ConvArgs&, const Team&);  // conv_direct_bf16.cpp
+
+static const char* why_not(const ConvShape&, DType) { return nullptr; }
+static ConvConfig defaults(const ConvShape&, DType, int) { return {}; }
+static size_t packed_bytes(const ConvShape& s, DType t) {
+  return t == DType::f32 ? direct_packed_bytes<float>(s) : direct_packed_bytes<Bf16Word>(s);
+}
+static void pack(const ConvShape& s, DType t, void* packed, const float* w, const float* fold, int threads) {
+  t == DType::f32 ? direct_pack<float>(s, packed, w, fold, threads) : direct_pack<Bf16Word>(s, packed, w, fold, threads);
+}
+static size_t scratch_bytes(const ConvShape& s, DType t, const ConvConfig& c, int threads) {
+  return t == DType::f32 ? direct_scratch_bytes<float>(s, c, threads) : direct_scratch_bytes<Bf16Word>(s, c, threads);
+}
+static void run(const ConvArgs& a, const Team& team) {
+  a.dtype == DType::f32 ? direct_run<float, float>(a, team) : direct_bf16(a, team);
+}
+
+const Algorithm kDirect = {"direct", why_not, defaults, packed_bytes, pack, scratch_bytes, run};
+
+}  // namespace RF_ISA
+}  // namespace rf

@@ -1,0 +1,249 @@
+"""The compiled convolution functions against float64, every algorithm on every shape it accepts.
+
+Outputs and scratch are filled with NaN first, so that anything read before it is written shows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resnet_fast import _C
+
+NAMES = _C.conv_algorithms()
+DTYPES = [torch.float32, torch.bfloat16]
+ISAS = ["default", "avx2", "avx512", "avx512_bf16"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution: N, H, W, C in, K filters of R x S."""
+
+    N: int
+    H: int
+    W: int
+    C: int
+    K: int
+    R: int
+    S: int
+    stride: tuple[int, int] = (1, 1)
+    pad: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def out(self) -> tuple[int, int]:
+        reach = ((self.R - 1) * self.dilation[0], (self.S - 1) * self.dilation[1])
+        return tuple((size + 2 * p - r - 1) // s + 1 for size, p, r, s in zip((self.H, self.W), self.pad, reach, self.stride))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.N, self.H, self.W, self.C, self.K, self.R, self.S, *self.out, *self.stride, *self.pad, *self.dilation, self.groups)
+
+    def __str__(self) -> str:
+        text = f"{self.N}x{self.H}x{self.W}x{self.C}-{self.K}-{self.R}x{self.S}"
+        for letter, value, usual in (("s", self.stride, (1, 1)), ("p", self.pad, (0, 0)), ("d", self.dilation, (1, 1))):
+            text += f"-{letter}{value[0]}{value[1]}" if value != usual else ""
+        return text + (f"-g{self.groups}" if self.groups > 1 else "")
+
+
+P1 = {"pad": (1, 1)}
+CASES = [
+    Case(1, 14, 14, 64, 64, 1, 1),
+    Case(3, 5, 7, 65, 33, 1, 1),
+    Case(2, 9, 9, 48, 40, 1, 1, stride=(2, 2)),
+    Case(7, 1, 1, 300, 50, 1, 1),
+    Case(1, 8, 8, 512, 32, 1, 1),
+    Case(1, 3, 3, 2, 3, 1, 1, pad=(1, 1)),
+    Case(1, 12, 12, 64, 64, 3, 3, **P1),
+    Case(2, 7, 7, 32, 96, 3, 3, **P1),
+    Case(1, 13, 9, 17, 35, 3, 3, **P1),
+    Case(1, 6, 10, 5, 1, 3, 3),
+    Case(2, 1, 1, 8, 8, 3, 3, **P1),
+    Case(1, 2, 3, 1, 2, 3, 3, **P1),
+    Case(1, 29, 30, 127, 65, 3, 3, **P1),
+    Case(8, 8, 8, 8, 8, 3, 3, **P1),
+    Case(1, 10, 11, 16, 32, 3, 3, pad=(1, 0)),
+    Case(1, 8, 8, 16, 32, 3, 3, pad=(3, 2)),
+    Case(2, 15, 16, 32, 64, 3, 3, stride=(2, 2), pad=(1, 1)),
+    Case(1, 11, 7, 6, 20, 3, 3, stride=(1, 2), pad=(1, 1)),
+    Case(1, 16, 16, 24, 16, 3, 3, pad=(2, 2), dilation=(2, 2)),
+    Case(1, 33, 35, 3, 64, 7, 7, stride=(2, 2), pad=(3, 3)),
+    Case(1, 9, 8, 7, 5, 4, 2, pad=(2, 1)),
+    Case(1, 5, 5, 4, 6, 5, 5, pad=(4, 4)),
+    Case(1, 12, 5, 10, 9, 1, 5, stride=(3, 1), pad=(0, 2)),
+    Case(2, 9, 10, 128, 128, 3, 3, groups=32, **P1),
+    Case(1, 9, 10, 64, 64, 3, 3, stride=(2, 2), groups=8, **P1),
+    Case(1, 6, 6, 96, 96, 3, 3, groups=6, **P1),
+    Case(1, 6, 6, 128, 128, 3, 3, groups=4, **P1),
+    Case(1, 7, 6, 12, 18, 3, 3, groups=6, **P1),
+    Case(1, 9, 9, 40, 40, 3, 3, groups=40, **P1),
+    Case(1, 9, 9, 20, 60, 3, 3, groups=20, stride=(2, 1), **P1),
+    Case(1, 8, 8, 24, 24, 5, 5, groups=12, pad=(2, 2)),
+    Case(1, 8, 9, 36, 36, 3, 3, groups=9, pad=(2, 2), dilation=(2, 2)),
+]
+
+
+def aligned(numel: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """NaN everywhere, on a 64-byte boundary."""
+    spare = torch.full((numel + 64,), math.nan, dtype=dtype)
+    skip = -spare.data_ptr() % 64 // spare.element_size()
+    return spare[skip : skip + numel]
+
+
+def nhwc(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def conv(case: Case, config: tuple[int, ...], x, w, scale=None, shift=None, residual=None, relu=False, fold=None, threads=1):
+    """Packs and runs; x, residual NCHW in the storage dtype, w float32. Returns NCHW."""
+    dtype = DTYPES.index(x.dtype)
+    packed = aligned(_C.conv_packed_bytes(case.sizes, dtype, config[0]) // 4 + 1)
+    _C.conv_pack(case.sizes, dtype, config[0], packed.data_ptr(), w.contiguous().data_ptr(), address(fold), threads)
+    scratch = aligned(_C.conv_scratch_bytes(case.sizes, dtype, config, threads) // 4 + 1)
+    y = torch.full((case.N, *case.out, case.K), math.nan, dtype=x.dtype)
+    x, residual = nhwc(x), None if residual is None else nhwc(residual)
+    _C.conv_run(case.sizes, dtype, config, y.data_ptr(), x.data_ptr(), packed.data_ptr(), address(scale), address(shift), address(residual), relu, scratch.data_ptr(), threads)
+    return y.permute(0, 3, 1, 2)
+
+
+def inputs(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    x = torch.randn(case.N, case.C, case.H, case.W).to(dtype)
+    fan_in = case.C // case.groups * case.R * case.S
+    w = torch.randn(case.K, case.C // case.groups, case.R, case.S) * (2 / fan_in) ** 0.5
+    residual = torch.randn(case.N, case.K, *case.out).to(dtype)
+    return {"x": x, "w": w, "scale": torch.randn(case.K), "shift": torch.randn(case.K), "residual": residual}
+
+
+def reference(case: Case, dtype: torch.dtype, x, w, scale=None, shift=None, residual=None, relu=False):
+    """The same steps in plain torch in `dtype` (float64: the truth)."""
+    y = F.conv2d(x.to(dtype), w.to(dtype), None, case.stride, case.pad, case.dilation, case.groups)
+    per_channel = (1, -1, 1, 1)
+    y = y if scale is None else y * scale.to(dtype).view(per_channel)
+    y = y if shift is None else y + shift.to(dtype).view(per_channel)
+    y = y if residual is None else y + residual.to(dtype)
+    return y.relu() if relu else y
+
+
+def largest(error: torch.Tensor) -> float:
+    return error.abs().max().item()
+
+
+def check(case: Case, dtype: torch.dtype, y: torch.Tensor, allowance: float = 2.0, **operands) -> None:
+    """At most `allowance` times eager's own error, plus one rounding of the largest value."""
+    truth = reference(case, torch.float64, **operands)
+    eager = reference(case, dtype, **operands)
+    rounding = torch.finfo(dtype).eps * max(largest(truth), 1.0)
+    assert not y.isnan().any()
+    assert largest(y.double() - truth) <= allowance * largest(eager.double() - truth) + rounding
+
+
+def algorithms_for(case: Case, dtype: torch.dtype) -> list[int]:
+    return [i for i in range(len(NAMES)) if _C.conv_why_not(case.sizes, DTYPES.index(dtype), i) is None]
+
+
+def default(algorithm: int) -> tuple[int, int, int, int]:
+    return (algorithm, 0, 0, 0)
+
+
+RUNS = [(case, dtype, algorithm) for case in CASES for dtype in DTYPES for algorithm in algorithms_for(case, dtype)]
+each_run = pytest.mark.parametrize("case,dtype,algorithm", RUNS, ids=[f"{c}-{str(d)[6:]}-{NAMES[a]}" for c, d, a in RUNS])
+
+
+@each_run
+@pytest.mark.parametrize("epilogue", ["none", "scale_shift_relu", "all"])
+def test_value(case, dtype, algorithm, epilogue):
+    operands = inputs(case, dtype)
+    keep = {"none": ["x", "w"], "scale_shift_relu": ["x", "w", "scale", "shift"], "all": list(operands)}[epilogue]
+    operands = {name: operands[name] for name in keep}
+    relu = epilogue != "none"
+    y = conv(case, default(algorithm), relu=relu, **operands)
+    check(case, dtype, y, relu=relu, **operands)
+
+
+@each_run
+def test_threads_and_blocks_change_no_bit(case, dtype, algorithm):
+    operands = inputs(case, dtype)
+    once = conv(case, default(algorithm), relu=True, **operands)
+    for threads in (2, 3, 7):
+        for config in (default(algorithm), (algorithm, 0, 0, 1), (algorithm, 14, 32, 0), (algorithm, 5, 64, 1)):
+            again = conv(case, config, relu=True, threads=threads, **operands)
+            assert torch.equal(once, again), (threads, config)
+
+
+@each_run
+def test_fold_multiplies_filters(case, dtype, algorithm):
+    operands = inputs(case, dtype)
+    x, w, fold = operands["x"], operands["w"], torch.rand(case.K) + 0.5
+    y = conv(case, default(algorithm), x, w, fold=fold)
+    check(case, dtype, y, x=x, w=w * fold.view(-1, 1, 1, 1))
+
+
+@each_run
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_reach_the_outputs_they_should(case, dtype, algorithm, value):
+    operands = inputs(case, dtype)
+    at = (case.N - 1, case.C // 2, case.H // 2, case.W // 2)
+    operands["x"][at] = value
+    y = conv(case, default(algorithm), relu=True, **operands)
+    touched = reference(case, torch.float32, x=(~operands["x"].isfinite()).float(), w=torch.ones_like(operands["w"])) > 0
+    expected = reference(case, torch.float32, relu=True, **operands)
+    # Wherever eager is not finite, so are we (Winograd may turn an infinity into NaN); far away nothing changes.
+    assert not y[~expected.isfinite()].isfinite().any()
+    clean = dict(operands, x=operands["x"].nan_to_num(0.0, 0.0, 0.0))
+    far = ~F.max_pool2d(touched.float(), 2 * FAR + 1, 1, FAR).bool() if NAMES[algorithm].startswith("winograd") else ~touched
+    assert torch.equal(y[far], conv(case, default(algorithm), relu=True, **clean)[far])
+
+
+FAR = 4  # outputs: an infinity spreads over a Winograd tile's input
+
+
+def test_heuristic_and_candidates_can_run():
+    for case in CASES:
+        for dtype in range(2):
+            for threads in (1, 2, 7):
+                for exact in (False, True):
+                    config = _C.conv_heuristic(case.sizes, dtype, threads, exact)
+                    assert _C.conv_why_not(case.sizes, dtype, config[0]) is None
+                    assert not (exact and NAMES[config[0]].startswith("winograd"))
+                offered = _C.conv_candidates(case.sizes, dtype, threads)
+                assert offered[0] == _C.conv_heuristic(case.sizes, dtype, threads, False)
+                assert len({tuple(c) for c in offered}) == len(offered)
+                assert all(_C.conv_why_not(case.sizes, dtype, c[0]) is None for c in offered)
+
+
+def test_every_candidate_is_right():
+    for case in CASES[:4] + [replace(CASES[6], N=3), *CASES[16:18]]:
+        for dtype in DTYPES:
+            operands = inputs(case, dtype)
+            for config in _C.conv_candidates(case.sizes, DTYPES.index(dtype), 2):
+                y = conv(case, config, relu=True, threads=2, **operands)
+                check(case, dtype, y, relu=True, **operands)
+
+
+def test_direct_takes_every_shape():
+    assert all(NAMES.index("direct") in algorithms_for(case, dtype) for case in CASES for dtype in DTYPES)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_other_instruction_sets(isa):
+    if os.environ.get("RESNET_FAST_ISA") or isa == _C.isa():
+        pytest.skip("this is the instruction set under test already")
+    env = dict(os.environ, RESNET_FAST_ISA=isa)
+    probe = subprocess.run([sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True)
+    if "does not have it" in probe.stderr or "built with" in probe.stderr:
+        pytest.skip(f"{isa} cannot run here")
+    assert probe.stdout.strip() == isa, probe.stderr
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
