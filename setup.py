@@ -14,7 +14,16 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # The order is narrow to wide; a namespace of the same name holds each one's kernels (csrc/cpu/kernels.h).

@@ -92,5 +92,3 @@ def _castable(t: torch.Tensor) -> bool:
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of any of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-

@@ -38,7 +38,9 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
         if first is None:
             first = (name, t.device)
         elif t.device != first[1]:
-            raise RuntimeError(f"{op}: expected all tensors on one device, got {first[0]} on {first[1]} and {name} on {t.device}")
+            raise RuntimeError(
+                f"{op}: expected all tensors on one device, got {first[0]} on {first[1]} and {name} on {t.device}"
+            )
 
 
 def check_vector(op: str, name: str, t: Tensor | None, size: int) -> None:

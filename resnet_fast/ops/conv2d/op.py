@@ -34,7 +34,9 @@ def conv2d(
     Source:
         torch.nn.functional.conv2d, whose values and argument order these are.
     """
-    x, stride, padding, dilation = common.convolution_arguments("conv2d", x, weight, bias, stride, padding, dilation, groups)
+    x, stride, padding, dilation = common.convolution_arguments(
+        "conv2d", x, weight, bias, stride, padding, dilation, groups
+    )
     return _forward(x, weight, bias, stride, padding, dilation, groups)
 
 

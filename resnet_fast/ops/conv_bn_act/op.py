@@ -84,7 +84,9 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor):
     # Whoever calls the operator itself with gradients on has kept nothing but the inputs: the eager room is run again.
     with torch.enable_grad():
-        tensors = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, ctx.needs_input_grad)]
+        tensors = [
+            None if t is None else t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, ctx.needs_input_grad)
+        ]
         if torch.is_grad_enabled() and dy.requires_grad:
             tensors = list(ctx.saved_tensors)
         y = eager.fwd(*tensors, ctx.eps, ctx.relu, ctx.stride, ctx.padding, ctx.dilation, ctx.groups)

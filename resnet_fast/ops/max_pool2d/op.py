@@ -47,7 +47,9 @@ def max_pool2d(
 def output_size(x, kernel, stride, padding, dilation, ceil_mode) -> list[int]:
     """P and Q; refuses what torch refuses."""
     if min(kernel) < 1 or min(stride) < 1 or min(dilation) < 1:
-        raise RuntimeError(f"max_pool2d: wanted positive sizes, got kernel {kernel}, stride {stride}, dilation {dilation}")
+        raise RuntimeError(
+            f"max_pool2d: wanted positive sizes, got kernel {kernel}, stride {stride}, dilation {dilation}"
+        )
     if any(p < 0 or 2 * p > k for p, k in zip(padding, kernel)):
         raise RuntimeError(f"max_pool2d: wanted padding between 0 and half the kernel {kernel}, got {padding}")
     size = []
@@ -58,7 +60,9 @@ def output_size(x, kernel, stride, padding, dilation, ceil_mode) -> list[int]:
             steps -= 1  # a window must start inside the image or its left padding
         size.append(steps + 1)
     if min(size) < 1 or x.shape[1] == 0:
-        raise RuntimeError(f"max_pool2d: the output would be empty: x {tuple(x.shape)}, kernel {kernel}, padding {padding}")
+        raise RuntimeError(
+            f"max_pool2d: the output would be empty: x {tuple(x.shape)}, kernel {kernel}, padding {padding}"
+        )
     return size
 
 

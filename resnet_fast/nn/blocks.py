@@ -1,0 +1,124 @@
+"""The residual blocks of He et al. 2015, with torchvision's arguments and state_dict keys, on fused operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from resnet_fast.nn import fused
+
+
+def conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """3x3 convolution that keeps the size at stride 1."""
+    return nn.Conv2d(inplanes, planes, 3, stride, dilation, dilation, groups, bias=False)
+
+
+def conv1x1(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution."""
+    return nn.Conv2d(inplanes, planes, 1, stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around an identity or projection shortcut (ResNet-18 and -34).
+
+    Args:
+        inplanes, planes: channels in and out.
+        stride: of the first convolution; the shortcut (`downsample`) must follow it.
+        downsample: projection of the input, None for the identity; `Sequential(conv1x1, norm)` is fused.
+        groups, base_width, dilation: 1, 64 and 1: only Bottleneck has others.
+        norm_layer: the norm's constructor (default BatchNorm2d; others run unfused).
+
+    Raises:
+        ValueError: groups, base_width or dilation other than these.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64 or dilation != 1:
+            raise ValueError(
+                f"BasicBlock: wanted groups=1, base_width=64, dilation=1, got {groups}, {base_width}, {dilation}"
+            )
+        norm = norm_layer or nn.BatchNorm2d
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = norm(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = norm(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
+        shortcut = project(x, self.downsample)
+        y = fused.conv_bn_act(x, self.conv1, self.bn1)
+        return fused.conv_bn_act(y, self.conv2, self.bn2, residual=shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 around an identity or projection shortcut (ResNet-50 and deeper, ResNeXt, Wide ResNet).
+
+    The stride is on the 3x3 convolution, as in torchvision.
+
+    Args:
+        inplanes, planes: channels in, and out divided by `expansion`.
+        stride, groups, dilation: of the 3x3 convolution.
+        downsample: projection of the input, None for the identity; `Sequential(conv1x1, norm)` is fused.
+        base_width: width of the 3x3 convolution per 64 planes.
+        norm_layer: the norm's constructor (default BatchNorm2d; others run unfused).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = conv1x1(inplanes, width)
+        self.bn1 = norm(width)
+        self.conv2 = conv3x3(width, width, stride, groups, dilation)
+        self.bn2 = norm(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.bn3 = norm(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))."""
+        shortcut = project(x, self.downsample)
+        y = fused.conv_bn_act(x, self.conv1, self.bn1)
+        y = fused.conv_bn_act(y, self.conv2, self.bn2)
+        return fused.conv_bn_act(y, self.conv3, self.bn3, residual=shortcut)
+
+
+def project(x: Tensor, downsample: nn.Module | None) -> Tensor:
+    """A block's shortcut: x itself, or its projection, fused where it is a convolution and a norm."""
+    if downsample is None:
+        return x
+    if type(downsample) is nn.Sequential and len(downsample) == 2 and isinstance(downsample[1], nn.BatchNorm2d):
+        if fused.why_not_plain(downsample, nn.Sequential) is None:
+            return fused.conv_bn_act(x, downsample[0], downsample[1], act=None)
+    return downsample(x)

@@ -1,0 +1,85 @@
+"""From modules to operators: what a block's forward says, with torch's own modules keeping the state.
+
+A fused call reads the parameters of plain `Conv2d` and `BatchNorm2d` modules and bypasses their `forward`. Whatever
+makes that a different computation (hooks, subclasses, parametrizations, SyncBatchNorm, padding modes) is seen at the
+call, and the modules themselves are run then.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules import module as global_hooks
+
+from resnet_fast import functional
+
+
+def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a module must be run by its own `forward`, None when reading its parameters is the same."""
+    if type(module) is not kind:
+        return f"{type(module).__name__} is not a plain {kind.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"the {kind.__name__} has hooks, which must run"
+    return None
+
+
+def why_not_fused(conv: nn.Module | None, bn: nn.Module) -> str | None:
+    """Why a convolution and its BatchNorm cannot be fused, None when they can."""
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return "global module hooks are registered, which must run"
+    if conv is not None:
+        reason = why_not_plain(conv, nn.Conv2d)
+        if reason is not None:
+            return reason
+        if conv.padding_mode != "zeros":
+            return f"padding_mode {conv.padding_mode!r} is not fused"
+    return why_not_plain(bn, nn.BatchNorm2d)
+
+
+def conv_bn_act(
+    x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: str | None = "relu"
+) -> Tensor:
+    """act(bn(conv(x)) + residual), moving bn's running statistics as `bn` itself would."""
+    if isinstance(x, Proxy) or why_not_fused(conv, bn) is not None:
+        return _unfused(bn(conv(x)), residual, act)
+    mean, var, training, momentum = _statistics(bn)
+    return functional.conv_bn_act(
+        x, conv.weight, conv.bias, mean, var, bn.weight, bn.bias, residual,
+        training, momentum, bn.eps, act, conv.stride, conv.padding, conv.dilation, conv.groups,
+    )  # fmt: skip
+
+
+def bn_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: str | None = "relu") -> Tensor:
+    """act(bn(x) + residual), moving bn's running statistics as `bn` itself would."""
+    if isinstance(x, Proxy) or why_not_fused(None, bn) is not None:
+        return _unfused(bn(x), residual, act)
+    mean, var, training, momentum = _statistics(bn)
+    return functional.bn_act(x, mean, var, bn.weight, bn.bias, residual, training, momentum, bn.eps, act)
+
+
+def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor:
+    """pool(x), with one byte per output kept for backward."""
+    if isinstance(x, Proxy) or why_not_plain(pool, nn.MaxPool2d) is not None or pool.return_indices or x.dim() != 4:
+        return pool(x)
+    return functional.max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+
+
+def _unfused(y: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    return torch.relu(y) if act == "relu" else y
+
+
+def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool, float]:
+    """Running mean and variance, whether the batch's are used, and the momentum: torch's rules, counter included."""
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    tracking = bn.training and bn.track_running_stats
+    if tracking and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    if bn.training and not bn.track_running_stats:
+        return None, None, training, momentum
+    return bn.running_mean, bn.running_var, training, momentum

@@ -1,0 +1,204 @@
+"""What a converted module runs instead of its own forward: its dataflow with the chains fused, as plain data.
+
+Modules are named by path and looked up at every call, so replacing `model.fc` or loading a state_dict works as ever.
+A program is true only for what it was traced from: `why_not` compares the modules it bypasses and the plain settings
+of its owner at every call, and the owner's own forward runs when they have changed. It pickles and copies as data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from resnet_fast import functional
+from resnet_fast.nn import fused
+
+Path = tuple[str, ...]
+
+
+class Ref(int):
+    """The number of a value in a program."""
+
+
+def resolve(root: nn.Module, path: Path) -> nn.Module:
+    """The submodule at a path."""
+    for name in path:
+        root = getattr(root, name)
+    return root
+
+
+@dataclass
+class ConvBNAct:
+    """act(bn(conv(x)) + residual), or act(bn(x) + residual) without a conv."""
+
+    conv: Path | None
+    bn: Path
+    act: str | None
+    x: Ref
+    residual: Ref | None
+    out: Ref
+
+    def run(self, root: nn.Module, values: list[Any]) -> Tensor:
+        """Run on the module's own parameters."""
+        residual = None if self.residual is None else values[self.residual]
+        bn = resolve(root, self.bn)
+        if self.conv is None:
+            return fused.bn_act(values[self.x], bn, residual, self.act)
+        return fused.conv_bn_act(values[self.x], resolve(root, self.conv), bn, residual, self.act)
+
+    def reads(self) -> list[Ref]:
+        """The values this step uses."""
+        return [self.x] if self.residual is None else [self.x, self.residual]
+
+
+@dataclass
+class AddReLU:
+    """relu(x + residual)."""
+
+    x: Ref
+    residual: Ref
+    out: Ref
+
+    def run(self, root: nn.Module, values: list[Any]) -> Tensor:
+        """Run; whatever is not two equal tensors keeps torch's meaning."""
+        x, residual = values[self.x], values[self.residual]
+        if x.shape != residual.shape:
+            return (x + residual).relu()
+        return functional.add_relu(x, residual)
+
+    def reads(self) -> list[Ref]:
+        """The values this step uses."""
+        return [self.x, self.residual]
+
+
+@dataclass
+class MaxPool:
+    """Max pooling with one byte per output kept for backward."""
+
+    pool: Path
+    x: Ref
+    out: Ref
+
+    def run(self, root: nn.Module, values: list[Any]) -> Tensor:
+        """Run on the module's own settings."""
+        return fused.max_pool(values[self.x], resolve(root, self.pool))
+
+    def reads(self) -> list[Ref]:
+        """The values this step uses."""
+        return [self.x]
+
+
+@dataclass
+class Call:
+    """Anything else the forward did: a module, a function, a method or an attribute."""
+
+    kind: str
+    target: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    out: Ref
+
+    def run(self, root: nn.Module, values: list[Any]) -> Any:
+        """Do it."""
+        if self.kind == "get_attr":
+            return resolve(root, self.target)
+        args = _fill(self.args, values)
+        kwargs = _fill(self.kwargs, values)
+        if self.kind == "call_module":
+            return resolve(root, self.target)(*args, **kwargs)
+        if self.kind == "call_method":
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
+
+    def reads(self) -> list[Ref]:
+        """The values this step uses."""
+        found: list[Ref] = []
+        _visit((self.args, self.kwargs), found.append)
+        return found
+
+
+Step = ConvBNAct | AddReLU | MaxPool | Call
+
+
+def _fill(data: Any, values: list[Any]) -> Any:
+    if isinstance(data, Ref):
+        return values[data]
+    if isinstance(data, tuple | list):
+        return type(data)([_fill(d, values) for d in data])
+    if isinstance(data, dict):
+        return {k: _fill(v, values) for k, v in data.items()}
+    return data
+
+
+def _visit(data: Any, found: Callable[[Ref], Any]) -> None:
+    if isinstance(data, Ref):
+        found(data)
+    elif isinstance(data, tuple | list):
+        for d in data:
+            _visit(d, found)
+    elif isinstance(data, dict):
+        for d in data.values():
+            _visit(d, found)
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """A module's plain attributes, which its forward may branch on (the training flag has a program each)."""
+    plain = (bool, int, float, str, type(None))
+    return {k: v for k, v in vars(module).items() if isinstance(v, plain) and k not in ("training", "call_super_init")}
+
+
+@dataclass
+class Program:
+    """Steps in order, the value returned, and what must still hold for them to be the module's forward."""
+
+    steps: list[Step]
+    size: int
+    output: Any
+    settings: dict[str, Any]
+    #: modules whose forward is bypassed, with their class
+    bypassed: list[tuple[Path, type[nn.Module]]]
+    #: inlined containers, with their children's names
+    containers: list[tuple[Path, type[nn.Module], tuple[str, ...]]]
+    #: chains that were left as they are, with the reason
+    left: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        kept: list[Ref] = []
+        _visit(self.output, kept.append)
+        last: dict[int, int] = {}
+        for i, step in enumerate(self.steps):
+            for ref in step.reads():
+                last[ref] = i
+        #: values no later step reads, by step
+        self.dead = [[r for r, at in last.items() if at == i and r not in kept] for i in range(len(self.steps))]
+
+    def why_not(self, root: nn.Module) -> str | None:
+        """Why the owner's own forward must run, None when the program is still the same computation."""
+        if settings(root) != self.settings:
+            return "its attributes changed since convert()"
+        for path, kind in self.bypassed:
+            reason = fused.why_not_plain(resolve(root, path), kind)
+            if reason is not None:
+                return f"{'.'.join(path)}: {reason}"
+        for path, kind, children in self.containers:
+            container = resolve(root, path)
+            if tuple(container._modules) != children:
+                return f"{'.'.join(path)}: its modules changed since convert()"
+            reason = fused.why_not_plain(container, kind)
+            if reason is not None:
+                return f"{'.'.join(path)}: {reason}"
+        return None
+
+    def run(self, root: nn.Module, x: Any) -> Any:
+        """Run every step, dropping values as soon as nothing reads them."""
+        values: list[Any] = [None] * self.size
+        values[0] = x
+        del x
+        for step, dead in zip(self.steps, self.dead):
+            values[step.out] = step.run(root, values)
+            for ref in dead:
+                values[ref] = None
+        return _fill(self.output, values)
