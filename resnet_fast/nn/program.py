@@ -201,4 +201,8 @@ class Program:
             values[step.out] = step.run(root, values)
             for ref in dead:
                 values[ref] = None
+        return self.result(values)
+
+    def result(self, values: list[Any]) -> Any:
+        """What the forward returns, from the values of its steps."""
         return _fill(self.output, values)

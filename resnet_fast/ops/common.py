@@ -167,14 +167,19 @@ def empty_convolution(x, weight, stride, padding, dilation) -> Tensor:
 def scale_shift(
     bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """What a norm with known statistics does to a convolution's output: y = z scale + shift, float32, bias included."""
+    """What a norm with known statistics does to a convolution's output: y = z scale + shift, bias included.
+
+    Computed in float64; float32 out, float64 where the statistics are.
+    """
     scale = (var.double() + eps).rsqrt()
     if gamma is not None:
         scale = scale * gamma
+    mean = mean.double()
     shift = -mean * scale if bias is None else (bias - mean) * scale
     if beta is not None:
         shift = shift + beta
-    return scale.float(), shift.float()
+    dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+    return scale.to(dtype), shift.to(dtype)
 
 
 def empty_convolution_gradients(x, weight, wants):

@@ -15,7 +15,7 @@ from resnet_fast.ops.conv_bn_act import eager
 
 
 @functools.cache
-def _probe() -> str | None:
+def self_test() -> str | None:
     """Run a small convolution with residual and ReLU and compare it with eager; None when it is right."""
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"
@@ -41,7 +41,7 @@ def why_not(door: str, x: Tensor, weight: Tensor, *args: object) -> str | None:
         return f"the onednn room takes one dtype, float32 or bfloat16, got {', '.join(str(t.dtype) for t in given)}"
     if x.numel() == 0:
         return "the onednn room leaves empty tensors to eager"
-    return _probe()
+    return self_test()
 
 
 def fwd(

@@ -1,0 +1,115 @@
+"""freeze: an inference plan with BatchNorm folded, weights packed once and memory planned."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast._lower import Unsupported, lower
+from resnet_fast._plan import FoldedProgram
+from resnet_fast._trace import Untraceable, trace
+from resnet_fast.convert import Report, Row, convert, restore
+
+
+def freeze(
+    model: nn.Module,
+    example: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    exact: bool = False,
+) -> Frozen:
+    """Make an inference-only module of a model; the model stays as it was.
+
+    Statistics are folded into the filters (in float64, rounded once), filters are packed for the kernels, and on CPUs the
+    whole network runs in one call of the compiled module, in memory planned beforehand. Later changes of the model do not
+    reach the frozen module: freeze again.
+
+    Args:
+        model: any module; what is not understood runs by its own operations (`explain` says which).
+        example: an input; the plan of its shape is made, and measured, now instead of at the first call.
+        dtype: float32, bfloat16, float16 or float64; default the model's own. Inputs and outputs keep the caller's dtype.
+        exact: only direct convolutions, no Winograd (whose float32 error is at most three times eager's).
+
+    Returns:
+        A module that takes any batch and image size the model takes.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module. ValueError: a dtype that is not floating.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"freeze: wanted a torch.nn.Module, got {type(model).__name__}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"freeze: wanted a floating dtype, got {dtype}")
+    own = next((p for p in model.parameters()), torch.empty(0))
+    frozen = Frozen(model, dtype or own.dtype, own.device, exact)
+    if example is not None:
+        with torch.inference_mode():
+            frozen(example)
+    return frozen
+
+
+class Frozen(nn.Module):
+    """What `freeze` returns. Its weights are constants: no parameters, no gradients, no training mode."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, exact: bool) -> None:
+        super().__init__()
+        self.dtype, self.device, self.exact = dtype, device, exact
+        source = restore(copy.deepcopy(model)).eval().requires_grad_(False)
+        #: why the network does not run in one call, None when it does
+        self.reason: str | None = None
+        self.network: Any = None
+        self.program: Any = None
+        try:
+            program = trace(source, deep=True)
+        except Untraceable as error:
+            self.reason = f"module by module: {error}"
+            self.program = convert(source.to(dtype))
+        else:
+            try:
+                self.network = lower(source, program, dtype, device, exact)
+            except Unsupported as error:
+                self.reason = f"operator by operator: {error}"
+                self.program = FoldedProgram(source, program, dtype)
+        super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's output for x, without gradients, in x's dtype."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "a frozen model is for inference only and gives no gradients: use resnet_fast.convert(model) to train, "
+                "or call it under torch.inference_mode()"
+            )
+        if x.device != self.device:
+            raise RuntimeError(f"frozen on {self.device}, got an input on {x.device}")
+        with torch.inference_mode():
+            y = self.network(x) if self.network is not None else self.program(x.to(self.dtype))
+            return y.to(x.dtype) if isinstance(y, Tensor) else y
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Only evaluation mode exists.
+
+        Raises:
+            RuntimeError: training mode is asked for.
+        """
+        if mode:
+            raise RuntimeError("a frozen model cannot be trained: train the model it came from and freeze again")
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Frozen:
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.dtype != self.dtype or probe.device != self.device:
+            raise RuntimeError(f"frozen as {self.dtype} on {self.device}; to change either, freeze the model again")
+        return self
+
+    def explain(self, x: Tensor | None = None) -> Report:
+        """The plan's steps; with an input, those of its shape with the algorithm each one runs."""
+        if self.network is not None:
+            return self.network.explain(x)
+        return Report([Row("", "Frozen", 0, self.reason or "")] + getattr(self.program, "rows", list)())
+
+    def extra_repr(self) -> str:
+        """How it runs."""
+        return f"dtype={self.dtype}, {self.reason or 'the whole network in one call'}"
