@@ -4,7 +4,7 @@
 namespace rf {
 namespace RF_ISA {
 
-static const Algorithm* const kAlgorithms[] = {&kDirect};
+static const Algorithm* const kAlgorithms[] = {&kDirect, &kWinograd4, &kWinograd2};
 constexpr int kCount = int(sizeof(kAlgorithms) / sizeof(kAlgorithms[0]));
 
 static int algorithms() { return kCount; }
@@ -24,16 +24,50 @@ static void run_alone(const ConvArgs& a, int threads) {
   parallel(threads, [&](const Team& team) { kAlgorithms[a.config.algorithm]->run(a, team); });
 }
 
+enum { kDirectIndex, kWinograd4Index, kWinograd2Index };
+
+// Winograd wherever it can, but for the last stage at small batch: few tiles, and 36 weights for every 9.
 static ConvConfig heuristic(const ConvShape& s, DType t, int threads, bool exact) {
-  (void)exact;
-  ConvConfig c = kDirect.defaults(s, t, threads);
-  c.algorithm = 0;
+  ConvConfig c;
+  if (!exact && why_not(s, t, kWinograd2Index) == nullptr && s.C >= 16 && s.K >= 16) {
+    const int64_t tiles = s.N * ceil_div(s.P, int64_t(4)) * ceil_div(s.Q, int64_t(4));
+    c.algorithm = t == DType::f32 && tiles > 8 ? kWinograd4Index : kWinograd2Index;
+  }
+  const int chosen = c.algorithm;
+  c = kAlgorithms[chosen]->defaults(s, t, threads);
+  c.algorithm = chosen;
   return c;
+}
+
+static bool same(const ConvConfig& a, const ConvConfig& b) {
+  return a.algorithm == b.algorithm && a.block_rows == b.block_rows && a.block_cols == b.block_cols && a.split_cols == b.split_cols;
 }
 
 static int candidates(const ConvShape& s, DType t, int threads, ConvConfig* out, int max) {
   int n = 0;
-  if (n < max) out[n++] = heuristic(s, t, threads, false);
+  const auto offer = [&](const ConvConfig& c) {
+    for (int i = 0; i < n; ++i) {
+      if (same(out[i], c)) return;
+    }
+    if (n < max) out[n++] = c;
+  };
+  offer(heuristic(s, t, threads, false));
+  for (int a = 0; a < kCount; ++a) {
+    if (why_not(s, t, a)) continue;
+    for (int split = 0; split < (threads > 1 ? 2 : 1); ++split) {
+      for (int rows = 0; rows <= 4 * kTileRows; rows = rows ? 2 * rows : kTileRows) {
+        for (int cols = 0; cols <= 64; cols += 64) {
+          if (cols && (a == kDirectIndex || s.K <= cols)) continue;
+          ConvConfig c;
+          c.algorithm = a;
+          c.block_rows = rows;
+          c.block_cols = cols;
+          c.split_cols = split;
+          offer(c);
+        }
+      }
+    }
+  }
   return n;
 }
 

@@ -211,8 +211,9 @@ void direct_run(const ConvArgs& a, const Team& team) {
     // The team gathers each block together; every thread then runs its own panels over all of it.
     Word* block = reinterpret_cast<Word*>(scratch);
     const Range mine = team.share(p.panels);
-    for (int64_t begin = 0; begin < p.rows; begin += block_rows) {
-      const int64_t end = smaller(begin + block_rows, p.rows);
+    const int64_t step = Blocks(p.rows, block_rows).step;
+    for (int64_t begin = 0; begin < p.rows; begin += step) {
+      const int64_t end = smaller(begin + step, p.rows);
       const TileRows tiles(end - begin);
       if (begin > 0) team.sync();
       // A thread's share of whole tiles: TileRows of a sub-range would cut elsewhere, so gather tile by tile.
@@ -226,10 +227,10 @@ void direct_run(const ConvArgs& a, const Team& team) {
   }
 
   Word* block = reinterpret_cast<Word*>(scratch + team.rank * odd_lines(size_t(block_rows * p.words) * sizeof(Word)));
-  // Whole tiles where there are many, even shares where a tile more or less would unbalance the team.
-  const Range mine = team.share(p.rows, p.rows >= int64_t(8) * kTileRows * team.size ? kTileRows : 1);
-  for (int64_t begin = mine.begin; begin < mine.end; begin += block_rows) {
-    const int64_t end = smaller(begin + block_rows, mine.end);
+  const Range mine = team.share(p.rows, share_grain(p.rows, team.size));
+  const int64_t step = Blocks(mine.size(), block_rows).step;
+  for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
+    const int64_t end = smaller(begin + step, mine.end);
     for (int64_t group = 0; group < s.groups; ++group) {
       direct_gather<T, Word>(s, p, x, group, begin, end, block);
       for (int64_t from = 0; from < p.panels; from += block_panels)

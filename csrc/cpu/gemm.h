@@ -199,12 +199,45 @@ struct ConvTiles {
 template <class Word, class T>
 constexpr ConvTiles<Word, T> kConvTiles = ConvTiles<Word, T>::make(std::make_integer_sequence<int, kTileRows>());
 
+// The bare sums, rows kPanel apart: what Winograd's output transform reads.
+template <int kRows, class Word>
+void sum_tile(const Word* a, const Word* b, int64_t chunks, float* sums) {
+  Vec acc[kRows][2];
+  product<kRows>(acc, a, b, chunks);
+  RF_UNROLL for (int r = 0; r < kRows; ++r) {
+    store(sums + r * kPanel, acc[r][0]);
+    store(sums + r * kPanel + kLanes, acc[r][1]);
+  }
+}
+
+template <class Word>
+struct SumTiles {
+  void (*at[kTileRows + 1])(const Word*, const Word*, int64_t, float*);
+  template <int... I>
+  static constexpr SumTiles make(std::integer_sequence<int, I...>) {
+    return {{nullptr, sum_tile<I + 1, Word>...}};
+  }
+};
+template <class Word>
+constexpr SumTiles<Word> kSumTiles = SumTiles<Word>::make(std::make_integer_sequence<int, kTileRows>());
+
 // `rows` rows in as few tiles as can be, of even height: tile i is rows [first(i), first(i + 1)).
 struct TileRows {
   int64_t rows, tiles;
   explicit TileRows(int64_t n) : rows(n), tiles(ceil_div(n, int64_t(kTileRows))) {}
   int64_t first(int64_t i) const { return rows * i / tiles; }
 };
+
+// Rows cut into blocks of about `block`: full tiles where that divides, even blocks where it does not.
+struct Blocks {
+  int64_t rows, step;
+  Blocks(int64_t n, int64_t block) : rows(n), step(block) {
+    if (n > 0 && n % kTileRows != 0) step = ceil_div(n, ceil_div(n, block));
+  }
+};
+
+// Shares of a team are whole tiles where there are many, even where a tile more or less would unbalance it.
+RF_INLINE int64_t share_grain(int64_t rows, int threads) { return rows >= int64_t(6) * kTileRows * threads ? kTileRows : 1; }
 
 }  // namespace RF_ISA
 }  // namespace rf

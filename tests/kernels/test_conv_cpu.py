@@ -140,8 +140,14 @@ def largest(error: torch.Tensor) -> float:
     return error.abs().max().item()
 
 
-def check(case: Case, dtype: torch.dtype, y: torch.Tensor, allowance: float = 2.0, **operands) -> None:
-    """At most `allowance` times eager's own error, plus one rounding of the largest value."""
+# Times eager's own largest error: two for everything that sums products as they are, more where float32 products
+# are transformed first. Measured largest: 8.2 (winograd4) and 2.7 (winograd2) on these shapes.
+ALLOWANCE = {"winograd4": 12.0, "winograd2": 4.0}
+
+
+def check(case: Case, algorithm: int, dtype: torch.dtype, y: torch.Tensor, **operands) -> None:
+    """At most the allowed multiple of eager's own error, plus one rounding of the largest value."""
+    allowance = ALLOWANCE.get(NAMES[algorithm], 2.0) if dtype == torch.float32 else 2.0
     truth = reference(case, torch.float64, **operands)
     eager = reference(case, dtype, **operands)
     rounding = torch.finfo(dtype).eps * max(largest(truth), 1.0)
@@ -169,7 +175,7 @@ def test_value(case, dtype, algorithm, epilogue):
     operands = {name: operands[name] for name in keep}
     relu = epilogue != "none"
     y = conv(case, default(algorithm), relu=relu, **operands)
-    check(case, dtype, y, relu=relu, **operands)
+    check(case, algorithm, dtype, y, relu=relu, **operands)
 
 
 @each_run
@@ -182,12 +188,24 @@ def test_threads_and_blocks_change_no_bit(case, dtype, algorithm):
             assert torch.equal(once, again), (threads, config)
 
 
+@pytest.mark.parametrize("name,bound", [("winograd4", 6.0), ("winograd2", 2.5), ("direct", 1.5)])
+@pytest.mark.parametrize("channels,size", [(64, 28), (256, 14), (512, 7)])
+def test_rms_error_in_float32(name, bound, channels, size):
+    """The stated bound: rms error against float64 as a multiple of eager's, on a ResNet's 3x3 layers."""
+    case = Case(1, size, size, channels, 64, 3, 3, pad=(1, 1))
+    operands = {key: value for key, value in inputs(case, torch.float32).items() if key in "xw"}
+    truth = reference(case, torch.float64, **operands)
+    eager = (reference(case, torch.float32, **operands).double() - truth).pow(2).mean().sqrt()
+    own = (conv(case, default(NAMES.index(name)), **operands).double() - truth).pow(2).mean().sqrt()
+    assert own <= bound * eager
+
+
 @each_run
 def test_fold_multiplies_filters(case, dtype, algorithm):
     operands = inputs(case, dtype)
     x, w, fold = operands["x"], operands["w"], torch.rand(case.K) + 0.5
     y = conv(case, default(algorithm), x, w, fold=fold)
-    check(case, dtype, y, x=x, w=w * fold.view(-1, 1, 1, 1))
+    check(case, algorithm, dtype, y, x=x, w=w * fold.view(-1, 1, 1, 1))
 
 
 @each_run
@@ -229,7 +247,7 @@ def test_every_candidate_is_right():
             operands = inputs(case, dtype)
             for config in _C.conv_candidates(case.sizes, DTYPES.index(dtype), 2):
                 y = conv(case, config, relu=True, threads=2, **operands)
-                check(case, dtype, y, relu=True, **operands)
+                check(case, config[0], dtype, y, relu=True, **operands)
 
 
 def test_direct_takes_every_shape():
