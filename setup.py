@@ -37,7 +37,7 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext):
         have = [(f"RF_HAVE_{isa.upper()}", "1") for isa in ISAS]
-        jobs = [(str(CSRC / "bindings.cpp"), "main", [], have), (str(CSRC / "cpu" / "dispatch.cpp"), "main", [], have)]
+        jobs = [(str(p), "main", [], have) for p in [*sorted(CSRC.glob("*.cpp")), CSRC / "cpu" / "dispatch.cpp"]]
         for isa, flags in ISAS.items():
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
                 if source.name != "dispatch.cpp":

@@ -18,6 +18,8 @@ static ConvShape conv_shape(const ConvSizes& v) { return {v[0], v[1], v[2], v[3]
 static ConvConfig conv_config(const ConvTuning& v) { return {v[0], v[1], v[2], v[3]}; }
 static ConvTuning conv_tuning(const ConvConfig& c) { return {c.algorithm, c.block_rows, c.block_cols, c.split_cols}; }
 
+namespace rf { void bind_network(py::module_&); }
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "resnet_fast's compiled kernels";
   m.def("isa", &isa_name);
@@ -31,4 +33,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_scratch_bytes", [](const ConvSizes& shape, int dtype, const ConvTuning& config, int threads) { return kernels().conv->scratch_bytes(conv_shape(shape), DType(dtype), conv_config(config), threads); });
   m.def("conv_pack", [](const ConvSizes& shape, int dtype, int algorithm, uintptr_t packed, uintptr_t w, uintptr_t fold, int threads) { kernels().conv->pack(conv_shape(shape), DType(dtype), algorithm, ptr(packed), ptr<const float>(w), ptr<const float>(fold), threads); }, py::call_guard<py::gil_scoped_release>());
   m.def("conv_run", [](const ConvSizes& shape, int dtype, const ConvTuning& config, uintptr_t y, uintptr_t x, uintptr_t packed, uintptr_t scale, uintptr_t shift, uintptr_t residual, bool relu, uintptr_t scratch, int threads) { kernels().conv->run_alone({conv_shape(shape), conv_config(config), DType(dtype), ptr(y), ptr(x), ptr(packed), ptr<const float>(scale), ptr<const float>(shift), ptr(residual), relu, ptr(scratch)}, threads); }, py::call_guard<py::gil_scoped_release>());
+  bind_network(m);
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include "../add_relu.h"
 #include "../conv.h"
+#include "program.h"
 
 #ifndef RF_ISA
 #define RF_ISA baseline
@@ -14,6 +15,7 @@ struct Kernels {
   void (*add_relu)(const AddReluArgs&);
   void (*add_relu_backward)(const AddReluBackwardArgs&);
   const ConvKernels* conv;
+  NetworkRun network_run;
 };
 
 // The set in use: the widest the machine has, or the one RESNET_FAST_ISA names.
