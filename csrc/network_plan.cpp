@@ -209,7 +209,10 @@ std::shared_ptr<Plan> Network::plan(int64_t N, int64_t H, int64_t W, int threads
   auto plan = std::shared_ptr<Plan>(new Plan(shared_from_this(), N, H, W, threads, exact));
   plan->choose_images();
   for (const auto& entry : choices) {
-    if (entry.second.images > 0) plan->images_[entry.first] = entry.second.images;
+    if (entry.second.images == 0) continue;
+    plan->images_[entry.first] = entry.second.images;
+    const int pool = plan->fused_into_[entry.first];  // one step: what is said of either holds for both
+    if (pool >= 0 && !choices.count(pool)) plan->images_[pool] = entry.second.images;
   }
   plan->find_levels();
   plan->choose_convolutions(choices);

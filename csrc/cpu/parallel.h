@@ -15,10 +15,14 @@ namespace RF_ISA {
 class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {}
+  // OpenMP may give fewer threads than asked for (a thread limit, a nested region). Every thread says so before it
+  // waits for the first time; they all say the same.
+  void resize(int size) { size_.store(size, std::memory_order_relaxed); }
   void wait() {
-    if (size_ == 1) return;
+    const int size = size_.load(std::memory_order_relaxed);
+    if (size == 1) return;
     const int generation = generation_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
       return;
@@ -29,7 +33,7 @@ class Barrier {
   }
 
  private:
-  const int size_;
+  std::atomic<int> size_;
   std::atomic<int> arrived_{0};
   std::atomic<int> generation_{0};
 };
@@ -61,7 +65,10 @@ inline void parallel(int threads, const Body& body) {
   }
   Barrier barrier(threads);
 #pragma omp parallel num_threads(threads)
-  { body(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier}); }
+  {
+    barrier.resize(omp_get_num_threads());
+    body(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+  }
 }
 
 }  // namespace RF_ISA
