@@ -1,0 +1,134 @@
+"""Checks of the Triton rooms of the element-wise operators, run by every engine: interpreter, simulator, GPU."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from law import within_law
+
+from resnet_fast.ops import triton_common
+from resnet_fast.ops.add_relu import eager as add_relu_eager
+from resnet_fast.ops.bn_act import eager as bn_eager
+from resnet_fast.ops.max_pool2d import eager as pool_eager
+from resnet_fast.ops.max_pool2d.op import output_size
+
+#: Eager's reductions on a CPU run in float64. A float32 sum may lose this much of its summands' magnitude.
+FLOAT32_SUM = 2.0**-22
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def room(op: str):
+    """The Triton room of an operator."""
+    return importlib.import_module(f"resnet_fast.ops.{op}.triton")
+
+
+def random(shape, dtype, seed: int, device="cpu", scale=1.0, shift=0.0) -> torch.Tensor:
+    """Fresh normal values, channels_last."""
+    g = torch.Generator().manual_seed(seed)
+    t = (torch.randn(shape, generator=g) * scale + shift).to(dtype)
+    return (t.to(memory_format=torch.channels_last) if t.dim() == 4 else t).to(device)
+
+
+def double(*tensors):
+    """The same values in float64."""
+    return [None if t is None else t.double() for t in tensors]
+
+
+def special(t: torch.Tensor) -> torch.Tensor:
+    """NaN, infinities and zeros among the values."""
+    for i, v in enumerate((float("nan"), float("inf"), -float("inf"), 0.0, -0.0)):
+        t.view(-1)[i * 7 % t.numel()] = v
+    return t
+
+
+def check_add_relu(shape, dtype, other=None, nan=False, device="cpu", seed=0):
+    """Forward and backward against float64."""
+    x, residual = random(shape, dtype, seed, device), random(shape, other or dtype, seed + 1, device)
+    if nan:
+        x = special(x.contiguous()).to(memory_format=torch.channels_last)
+    dy = random(shape, torch.result_type(x, residual), seed + 2, device)
+    assert room("add_relu").why_not("fwd", x, residual) is None
+    y = room("add_relu").fwd(x, residual)
+    assert y.stride() == add_relu_eager.fwd(x, residual).stride()
+    within_law(y, add_relu_eager.fwd(x, residual), add_relu_eager.fwd(*double(x, residual)), "y")
+    dx = room("add_relu").bwd(dy, y)
+    within_law(dx, add_relu_eager.bwd(dy, y), add_relu_eager.bwd(*double(dy, y)), "dx")
+
+
+def check_bn_act(
+    shape, dtype, residual=False, relu=True, training=True, affine=(True, True), wants=(True, True, True, True),
+    scale=1.0, shift=0.0, other=None, vectors=torch.float32, device="cpu", seed=0,
+):  # fmt: skip
+    """Forward (y, batch statistics) and backward (all four gradients) against float64."""
+    c = shape[1]
+    x = random(shape, dtype, seed, device, scale, shift)
+    r = random(shape, other or dtype, seed + 1, device) if residual else None
+    weight = random((c,), vectors, seed + 2, device, 0.5, 1.0) if affine[0] else None
+    bias = random((c,), vectors, seed + 3, device) if affine[1] else None
+    mean = None if training else random((c,), vectors, seed + 4, device)
+    var = None if training else random((c,), vectors, seed + 5, device).abs() + 0.5
+    given = (x, weight, bias, mean, var, r)
+    assert room("bn_act").why_not("fwd", *given, training, 1e-5, relu) is None
+    ours = room("bn_act").fwd(*given, training, 1e-5, relu)
+    eager = bn_eager.fwd(*given, training, 1e-5, relu)
+    truth = bn_eager.fwd(*double(*given), training, 1e-5, relu)
+    for name, a, b, t in zip(("y", "mean", "var"), ours, eager, truth):
+        assert a.stride() == b.stride(), name
+        within_law(
+            a,
+            b.to(a.dtype),
+            t,
+            name,
+            0.0 if dtype != torch.float32 and name == "y" else FLOAT32_SUM * float(x.abs().max()),
+        )
+    y = ours[0]
+    statistics = (ours[1], ours[2]) if training else (mean, var)
+    dy = random(shape, y.dtype, seed + 6, device)
+    kept = y if residual and relu else None
+    back = (dy, x, kept, weight, bias, *statistics)
+    grads = room("bn_act").bwd(*back, training, 1e-5, relu, list(wants))
+    # The mask is part of the input here: values a rounding away from zero may fall on either side.
+    same = (*back[:2], y, *back[3:])
+    eager = bn_eager.bwd(*same, training, 1e-5, relu, list(wants))
+    truth = bn_eager.bwd(*double(*same), training, 1e-5, relu, list(wants))
+    largest = float(dy.double().abs().sum((0, 2, 3)).max())
+    extra = {
+        "dx": FLOAT32_SUM * float(truth[0].abs().max()) if wants[0] and dtype == torch.float32 else 0.0,
+        "dresidual": 0.0,
+    }
+    for name, a, b, t in zip(("dx", "dweight", "dbias", "dresidual"), grads, eager, truth):
+        assert a.shape == b.shape
+        if a.numel():
+            assert a.stride() == b.stride()
+            within_law(a, b.to(a.dtype), t, name, extra.get(name, FLOAT32_SUM * largest))
+
+
+def check_max_pool(shape, dtype, kernel, stride, padding, dilation=(1, 1), ceil=False, nan=False, device="cpu", seed=0):
+    """Values and places equal eager's; dx by the tolerance law."""
+    x = random(shape, dtype, seed, device)
+    x = (x * 2).round() / 2  # equal values: the first must win
+    if nan:
+        x = special(x.contiguous()).to(memory_format=torch.channels_last)
+    size = output_size(x, kernel, stride, padding, dilation, ceil)
+    window = ([*kernel], [*stride], [*padding], [*dilation])
+    for save in (True, False):
+        ours = room("max_pool2d").fwd(x, *window, size, save)
+        eager = pool_eager.fwd(x, *window, size, save)
+        for a, b in zip(ours, eager):
+            assert a.dtype == b.dtype and a.stride() == b.stride()
+            assert (
+                torch.equal(a.nan_to_num(nan=77.0), b.nan_to_num(nan=77.0))
+                if a.is_floating_point()
+                else torch.equal(a, b)
+            )
+    argmax = room("max_pool2d").fwd(x, *window, size, True)[1]
+    dy = random((*shape[:2], *size), dtype, seed + 1, device)
+    back = (argmax, *shape[2:], *window)
+    dx = room("max_pool2d").bwd(dy, *back)
+    within_law(dx, pool_eager.bwd(dy, *back), pool_eager.bwd(dy.double(), *back), "dx")
+
+
+def interpreting() -> bool:
+    """Whether this process runs kernels in Triton's interpreter."""
+    return triton_common.interpreting()
