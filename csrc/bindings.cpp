@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "check.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -10,11 +11,11 @@ using namespace rf;
 template <class T = void>
 static T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-// The sizes of ConvShape and ConvConfig, in the order they are declared.
-using ConvSizes = std::array<int64_t, 16>;
+// The sizes of ConvShape and ConvConfig, in the order they are declared; `planar` may be left out.
+using ConvSizes = std::vector<int64_t>;
 using ConvTuning = std::array<int, 4>;
 
-static ConvShape conv_shape(const ConvSizes& v) { return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]}; }
+static ConvShape conv_shape(const ConvSizes& v) { RF_CHECK(v.size() == 16 || v.size() == 17, "expected the 16 or 17 sizes of a convolution, got ", v.size()); return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15], v.size() > 16 && v[16] != 0}; }
 static ConvConfig conv_config(const ConvTuning& v) { return {v[0], v[1], v[2], v[3]}; }
 static ConvTuning conv_tuning(const ConvConfig& c) { return {c.algorithm, c.block_rows, c.block_cols, c.split_cols}; }
 

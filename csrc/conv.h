@@ -14,6 +14,7 @@ struct ConvShape {
   int64_t pad_h = 0, pad_w = 0;  // top and left; bottom and right follow from P and Q
   int64_t dilation_h = 1, dilation_w = 1;
   int64_t groups = 1;
+  bool planar = false;  // x is dense NCHW: only "stem" reads that
 };
 
 // What an algorithm may be asked to tune; 0 means "the algorithm's own default for this shape".

@@ -4,7 +4,7 @@
 namespace rf {
 namespace RF_ISA {
 
-static const Algorithm* const kAlgorithms[] = {&kDirect, &kWinograd4, &kWinograd2};
+static const Algorithm* const kAlgorithms[] = {&kDirect, &kWinograd4, &kWinograd2, &kGrouped, &kStem};
 constexpr int kCount = int(sizeof(kAlgorithms) / sizeof(kAlgorithms[0]));
 
 static int algorithms() { return kCount; }
@@ -24,12 +24,16 @@ static void run_alone(const ConvArgs& a, int threads) {
   parallel(threads, [&](const Team& team) { kAlgorithms[a.config.algorithm]->run(a, team); });
 }
 
-enum { kDirectIndex, kWinograd4Index, kWinograd2Index };
+enum { kDirectIndex, kWinograd4Index, kWinograd2Index, kGroupedIndex, kStemIndex };
 
 // Winograd wherever it can, but for the last stage at small batch: few tiles, and 36 weights for every 9.
 static ConvConfig heuristic(const ConvShape& s, DType t, int threads, bool exact) {
   ConvConfig c;
-  if (!exact && why_not(s, t, kWinograd2Index) == nullptr && s.C >= 16 && s.K >= 16) {
+  if (why_not(s, t, kStemIndex) == nullptr) {
+    c.algorithm = kStemIndex;
+  } else if (why_not(s, t, kGroupedIndex) == nullptr) {
+    c.algorithm = kGroupedIndex;
+  } else if (!exact && why_not(s, t, kWinograd2Index) == nullptr && s.C >= 16 && s.K >= 16) {
     const int64_t tiles = s.N * ceil_div(s.P, int64_t(4)) * ceil_div(s.Q, int64_t(4));
     c.algorithm = t == DType::f32 && tiles > 8 ? kWinograd4Index : kWinograd2Index;
   }
@@ -54,6 +58,15 @@ static int candidates(const ConvShape& s, DType t, int threads, ConvConfig* out,
   offer(heuristic(s, t, threads, false));
   for (int a = 0; a < kCount; ++a) {
     if (why_not(s, t, a)) continue;
+    if (a >= kGroupedIndex) {
+      for (int rows = 4; rows <= 16; rows *= 2) {
+        ConvConfig c;
+        c.algorithm = a;
+        c.block_rows = rows;
+        offer(c);
+      }
+      continue;
+    }
     for (int split = 0; split < (threads > 1 ? 2 : 1); ++split) {
       for (int rows = 0; rows <= 4 * kTileRows; rows = rows ? 2 * rows : kTileRows) {
         for (int cols = 0; cols <= 64; cols += 64) {

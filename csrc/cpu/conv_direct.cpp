@@ -6,7 +6,7 @@ namespace RF_ISA {
 
 void direct_bf16(const ConvArgs&, const Team&);  // conv_direct_bf16.cpp
 
-static const char* why_not(const ConvShape&, DType) { return nullptr; }
+static const char* why_not(const ConvShape& s, DType) { return s.planar ? "direct reads NHWC only" : nullptr; }
 static ConvConfig defaults(const ConvShape&, DType, int) { return {}; }
 static size_t packed_bytes(const ConvShape& s, DType t) {
   return t == DType::f32 ? direct_packed_bytes<float>(s) : direct_packed_bytes<Bf16Word>(s);

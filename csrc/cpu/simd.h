@@ -82,6 +82,12 @@ RF_INLINE Vec relu_mask(Vec y, Vec dy) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, _mm512_setzero_ps(), _CMP_NLE_UQ), dy.v)};
 }
 RF_INLINE void stream_fence() { _mm_sfence(); }
+// Which lane each lane reads, for permute().
+struct Lanes {
+  __m512i v;
+};
+RF_INLINE Lanes load_lanes(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+RF_INLINE Vec permute(Vec a, Lanes from) { return {_mm512_permutexvar_ps(from.v, a.v)}; }
 
 #elif defined(__AVX2__)
 
@@ -135,6 +141,11 @@ RF_INLINE Vec relu_mask(Vec y, Vec dy) {
   return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_NLE_UQ), dy.v)};
 }
 RF_INLINE void stream_fence() { _mm_sfence(); }
+struct Lanes {
+  __m256i v;
+};
+RF_INLINE Lanes load_lanes(const int32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+RF_INLINE Vec permute(Vec a, Lanes from) { return {_mm256_permutevar8x32_ps(a.v, from.v)}; }
 
 #else  // portable: four floats the compiler may map to whatever it has (SSE2, NEON)
 
@@ -168,6 +179,15 @@ RF_INLINE Vec relu(Vec a) { RF_LANES(a.v[i] <= 0.f ? 0.f : a.v[i]); }
 RF_INLINE Vec max_nan(Vec a, Vec b) { RF_LANES(a.v[i] > b.v[i] || a.v[i] != a.v[i] ? a.v[i] : b.v[i]); }
 RF_INLINE Vec relu_mask(Vec y, Vec dy) { RF_LANES(y.v[i] <= 0.f ? 0.f : dy.v[i]); }
 RF_INLINE void stream_fence() {}
+struct Lanes {
+  int32_t v[kLanes];
+};
+RF_INLINE Lanes load_lanes(const int32_t* p) {
+  Lanes out;
+  std::memcpy(out.v, p, sizeof(out.v));
+  return out;
+}
+RF_INLINE Vec permute(Vec a, Lanes from) { RF_LANES(a.v[from.v[i]]); }
 #undef RF_LANES
 
 #endif

@@ -7,6 +7,7 @@ namespace RF_ISA {
 void winograd2_bf16(const ConvArgs&, const Team&);  // winograd_bf16.cpp
 
 static const char* why_not(const ConvShape& s, DType) {
+  if (s.planar) return "Winograd reads NHWC only";
   if (s.R != 3 || s.S != 3) return "Winograd needs a 3x3 filter";
   if (s.stride_h != 1 || s.stride_w != 1) return "Winograd needs stride 1";
   if (s.dilation_h != 1 || s.dilation_w != 1) return "Winograd needs dilation 1";

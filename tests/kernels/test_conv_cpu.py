@@ -76,6 +76,9 @@ CASES = [
     Case(1, 11, 7, 6, 20, 3, 3, stride=(1, 2), pad=(1, 1)),
     Case(1, 16, 16, 24, 16, 3, 3, pad=(2, 2), dilation=(2, 2)),
     Case(1, 33, 35, 3, 64, 7, 7, stride=(2, 2), pad=(3, 3)),
+    Case(2, 20, 18, 3, 40, 7, 7, stride=(2, 2), pad=(3, 3)),
+    Case(2, 16, 17, 3, 16, 3, 3, **P1),
+    Case(1, 5, 6, 3, 7, 3, 3, stride=(3, 1), dilation=(2, 1)),
     Case(1, 9, 8, 7, 5, 4, 2, pad=(2, 1)),
     Case(1, 5, 5, 4, 6, 5, 5, pad=(4, 4)),
     Case(1, 12, 5, 10, 9, 1, 5, stride=(3, 1), pad=(0, 2)),
@@ -248,6 +251,24 @@ def test_every_candidate_is_right():
             for config in _C.conv_candidates(case.sizes, DTYPES.index(dtype), 2):
                 y = conv(case, config, relu=True, threads=2, **operands)
                 check(case, config[0], dtype, y, relu=True, **operands)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stem_reads_nchw(dtype):
+    stem, code = NAMES.index("stem"), DTYPES.index(dtype)
+    for case in (case for case in CASES if case.C == 3):
+        planar = (*case.sizes, 1)
+        assert _C.conv_why_not(planar, code, stem) is None
+        assert "NHWC" in _C.conv_why_not(planar, code, NAMES.index("direct"))
+        assert _C.conv_heuristic(planar, code, 2, False)[0] == stem
+        operands = inputs(case, dtype)
+        x, w = operands["x"], operands["w"]
+        packed = aligned(_C.conv_packed_bytes(planar, code, stem) // 4)
+        _C.conv_pack(planar, code, stem, packed.data_ptr(), w.data_ptr(), 0, 1)
+        scratch = aligned(_C.conv_scratch_bytes(planar, code, default(stem), 2) // 4)
+        y = torch.full((case.N, *case.out, case.K), math.nan, dtype=dtype)
+        _C.conv_run(planar, code, default(stem), y.data_ptr(), x.data_ptr(), packed.data_ptr(), 0, 0, 0, False, scratch.data_ptr(), 2)
+        assert torch.equal(y.permute(0, 3, 1, 2), conv(case, default(stem), x, w))
 
 
 def test_direct_takes_every_shape():
