@@ -2,7 +2,9 @@
 // Every cpu/*.cpp (dispatch.cpp apart) is compiled once per instruction set with RF_ISA naming its namespace.
 #pragma once
 #include "../add_relu.h"
+#include "../bn_act.h"
 #include "../conv.h"
+#include "../max_pool.h"
 #include "program.h"
 
 #ifndef RF_ISA
@@ -16,6 +18,11 @@ struct Kernels {
   void (*add_relu_backward)(const AddReluBackwardArgs&);
   const ConvKernels* conv;
   NetworkRun network_run;
+  void (*bn_act_forward)(const BnActArgs&);
+  void (*bn_act_backward)(const BnActBackwardArgs&);
+  void (*bn_update_running)(const BnRunningArgs&);
+  void (*max_pool_forward)(const MaxPoolArgs&);
+  void (*max_pool_backward)(const MaxPoolBackwardArgs&);
 };
 
 // The set in use: the widest the machine has, or the one RESNET_FAST_ISA names.

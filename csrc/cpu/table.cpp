@@ -8,6 +8,11 @@ void add_relu(const AddReluArgs&);
 void add_relu_backward(const AddReluBackwardArgs&);
 extern const ConvKernels kConvKernels;
 void network_run(const Program&, void* const* bases, double* ms);
+void bn_act_forward(const BnActArgs&);
+void bn_act_backward(const BnActBackwardArgs&);
+void bn_update_running(const BnRunningArgs&);
+void max_pool_forward(const MaxPoolArgs&);
+void max_pool_backward(const MaxPoolBackwardArgs&);
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
@@ -15,6 +20,11 @@ const Kernels kKernels = {
     /*add_relu_backward=*/add_relu_backward,
     /*conv=*/&kConvKernels,
     /*network_run=*/network_run,
+    /*bn_act_forward=*/bn_act_forward,
+    /*bn_act_backward=*/bn_act_backward,
+    /*bn_update_running=*/bn_update_running,
+    /*max_pool_forward=*/max_pool_forward,
+    /*max_pool_backward=*/max_pool_backward,
 };
 
 }  // namespace RF_ISA

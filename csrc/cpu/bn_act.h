@@ -1,0 +1,123 @@
+// What bn_act's forward and backward share: the fixed chunks of rows every sum is cut into, how a team divides
+// them, column loops with masked tails, and scratch. The chunk grid depends on the number of rows alone, so
+// neither the thread count nor timing can change a bit of any sum.
+#pragma once
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "../bn_act.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace rf {
+namespace RF_ISA {
+
+constexpr int64_t kColumnGrain = 64;         // channels; a cut narrower than a cache line of bf16 shares lines
+constexpr int64_t kGroupRows = 8;            // rows summed in registers before they meet an accumulator
+constexpr int kMergeBlock = 16;               // channels whose partial sums are merged together: one line of floats
+constexpr int64_t kThreadElements = 8192;    // a share below it is not worth a thread
+constexpr size_t kStreamBytes = 24u << 20;   // outputs this large bypass the caches (measured, see bn_act.cpp)
+
+RF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+RF_INLINE int64_t round_up(int64_t n, int64_t grain) { return (n + grain - 1) / grain * grain; }
+
+// Few enough chunks that their partial sums stay in cache, few enough rows that float32 sums stay accurate.
+inline int64_t chunk_rows(int64_t rows) {
+  const int64_t wanted = round_up((rows + 127) / 128, kGroupRows);
+  return wanted < 64 ? 64 : least(wanted, 1024);
+}
+
+struct Grid {
+  int64_t rows, channels, step, chunks, padded;
+  Grid(int64_t rows_, int64_t channels_)
+      : rows(rows_), channels(channels_), step(chunk_rows(rows_)), chunks((rows_ + step - 1) / step),
+        padded(round_up(channels_, kMergeBlock)) {}
+  int64_t chunk_size(int64_t chunk) const { return least(step, rows - chunk * step); }
+};
+
+struct Tile {
+  int64_t chunk, row_begin, row_end, col_begin, col_end;
+};
+
+// This thread's tiles: chunks of rows, the first and last of them perhaps cut in columns.
+// Backwards when `reverse`: a second pass then begins with what the first one left in the caches.
+template <class Body>
+inline void for_tiles(const Team& team, const Grid& grid, bool reverse, const Body& body) {
+  const int64_t cuts = (grid.channels + kColumnGrain - 1) / kColumnGrain;
+  const Range units = team.share(grid.chunks * cuts);
+  if (units.begin >= units.end) return;
+  const int64_t first = units.begin / cuts, last = (units.end - 1) / cuts;
+  for (int64_t i = first; i <= last; ++i) {
+    const int64_t chunk = reverse ? first + last - i : i;
+    const int64_t cut_begin = chunk == first ? units.begin - first * cuts : 0;
+    const int64_t cut_end = chunk == last ? units.end - last * cuts : cuts;
+    body(Tile{chunk, chunk * grid.step, chunk * grid.step + grid.chunk_size(chunk), cut_begin * kColumnGrain,
+              least(cut_end * kColumnGrain, grid.channels)});
+  }
+}
+
+// Vectors of a row: whole ones, then a masked tail.
+struct Whole {};
+struct Part {
+  int n;
+};
+template <class T> RF_INLINE Vec load(const T* p, Whole) { return load(p); }
+template <class T> RF_INLINE Vec load(const T* p, Part part) { return load_n(p, part.n); }
+template <class T> RF_INLINE void store(T* p, Vec v, Whole) { store(p, v); }
+template <class T> RF_INLINE void store(T* p, Vec v, Part part) { store_n(p, v, part.n); }
+// An output large enough to bypass the caches has whole, aligned vectors only (can_stream).
+template <bool streamed, class T, class Lanes> RF_INLINE void put(T* p, Vec v, Lanes lanes) { store(p, v, lanes); }
+template <> RF_INLINE void put<true>(float* p, Vec v, Whole) { stream(p, v); }
+template <> RF_INLINE void put<true>(bf16* p, Vec v, Whole) { stream(p, v); }
+
+template <class Body>
+RF_INLINE void for_columns(int64_t begin, int64_t end, const Body& body) {
+  int64_t c = begin;
+  for (; c + kLanes <= end; c += kLanes) body(c, Whole{});
+  if (c < end) body(c, Part{int(end - c)});
+}
+
+inline bool can_stream(const void* out, const Grid& grid, DType dtype) {
+  const size_t row = size_t(grid.channels) * dtype_size(dtype);
+  return size_t(grid.rows) * row >= kStreamBytes && row % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
+inline int useful_threads(int threads, const Grid& grid) {
+  const int64_t most = (grid.rows * grid.channels + kThreadElements - 1) / kThreadElements;
+  return int(least(threads, most < 1 ? 1 : most));
+}
+
+// Float32 scratch of the calling thread, 64-byte aligned, kept between calls: fresh pages would fault each time.
+inline float* scratch(size_t floats) {
+  struct Buffer {
+    float* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  if (buffer.size < floats) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, size_t(round_up(int64_t(floats), 16)) * 4));
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = floats;
+  }
+  return buffer.data;
+}
+
+// The constants of y = (x - mean) * scale + beta, padded to whole vectors so that no tail needs a mask on them.
+// (x - mean) first: x * scale + shift cancels catastrophically where mean is large against the spread.
+struct Affine {
+  float *mean, *scale, *beta;
+};
+
+// Both directions compute rstd here: the ReLU's mask recomputed in backward must have the forward's signs.
+inline float rstd_of(float var, double eps) { return float(1.0 / std::sqrt(double(var) + eps)); }
+
+RF_INLINE Vec normalise(Vec x, const Affine& k, int64_t c) {
+  return fma(x - load(k.mean + c), load(k.scale + c), load(k.beta + c));
+}
+
+}  // namespace RF_ISA
+}  // namespace rf
