@@ -24,8 +24,13 @@ EPS = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seed():
+    """Same draws each run; torch's own part on one thread, since ours are passed their count."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def address(t: torch.Tensor | None) -> int:
@@ -100,7 +105,7 @@ class Errors:
 
 
 def draws(shape: tuple[int, ...]) -> range:
-    return range(max(1, 6000 // (shape[0] * shape[1] * shape[2] * shape[3])))
+    return range(max(1, 2000 // (shape[0] * shape[1] * shape[2] * shape[3])))
 
 
 @pytest.mark.parametrize("training", [True, False])
