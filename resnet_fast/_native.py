@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -37,3 +38,40 @@ def module() -> ModuleType:
 def isa() -> str | None:
     """The instruction set the CPU kernels run with (`RESNET_FAST_ISA` forces one), None without the module."""
     return None if _module is None else _module.isa()
+
+
+#: dtypes the CUDA kernels take, as the integers of csrc/cuda/kernels.h
+CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def _cuda() -> tuple[ModuleType | None, str | None]:
+    """The CUDA module and why it is not there; imported on first use, so that a broken one never hurts the CPU part."""
+    try:
+        from resnet_fast import _cuda as built  # type: ignore[attr-defined]
+    except ImportError as error:
+        return None, f"the compiled module resnet_fast._cuda is not there ({error}); reinstall with nvcc on the PATH"
+    return built, None
+
+
+def cuda_why_not() -> str | None:
+    """None when the CUDA kernels can run on some card of this machine, else the sentence a user should read."""
+    built, reason = _cuda()
+    if built is None:
+        return reason
+    if not torch.cuda.is_available():
+        why = built.why_no_device() or "torch was built without CUDA"
+        return f"the CUDA kernels are built, but torch finds no card here ({why})"
+    return None
+
+
+def cuda_module() -> ModuleType:
+    """The compiled CUDA module.
+
+    Raises:
+        RuntimeError: it could not be imported; the message says why.
+    """
+    built, reason = _cuda()
+    if built is None:
+        raise RuntimeError(reason)
+    return built

@@ -1,0 +1,43 @@
+"""The tolerance law, and random inputs: an error of at most twice eager's own in the same dtype, plus one rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def images(n, c, h, w, dtype=torch.float32, scale=1.0, shift=0.0, seed=0) -> Tensor:
+    """Random channels_last images."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c, h, w, generator=g) * scale + shift
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def vectors(c, seed=0, negative=True) -> tuple[Tensor, Tensor]:
+    """gamma (some negative, one zero) and beta."""
+    g = torch.Generator().manual_seed(seed + 1000)
+    gamma, beta = torch.randn(c, generator=g), torch.randn(c, generator=g)
+    if negative and c > 2:
+        gamma[c // 2] = 0.0
+    return gamma, beta
+
+
+def assert_lawful(got: Tensor, eager: Tensor, exact: Tensor, what: str = "", size: float = 0.0) -> None:
+    """Compare with float64: |got - exact| <= 2 max|eager - exact| + one rounding of the dtype, at every element.
+
+    The rounding is of the exact value, or of `size`: a sum that cancels is rounded at the size of its terms.
+    """
+    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, wanted {tuple(exact.shape)}"
+    assert got.dtype == eager.dtype, f"{what}: dtype {got.dtype}, wanted {eager.dtype}"
+    assert torch.equal(got.isnan(), exact.isnan()), f"{what}: NaN in other places than in float64"
+    if got.numel() == 0:
+        return
+    one_rounding = torch.finfo(got.dtype).eps * exact.abs().clamp(min=size) + torch.finfo(got.dtype).smallest_normal
+    allowed = 2 * (eager.double() - exact).abs().nan_to_num(0.0).max() + one_rounding
+    error = (got.double() - exact).abs().nan_to_num(0.0)
+    worst = (error - allowed.nan_to_num(0.0)).argmax()
+    assert (error <= allowed.nan_to_num(0.0)).all(), (
+        f"{what}: error {error.flatten()[worst]:.3e}, allowed {allowed.flatten()[worst]:.3e}"
+    )
