@@ -1,0 +1,236 @@
+"""conv2d by Triton: implicit GEMM forward, data gradient by the same kernel, weight gradient by a split reduction."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from resnet_fast.ops import common
+from resnet_fast.ops import triton_common as rooms
+from resnet_fast.ops.conv2d import triton_tiles as tiles
+
+LIMIT = 2**31 - 1
+#: Filter rows of at most this many values are one block of GEMM_K (the stem's 7 x 3, or 7 x 4 with a padded channel).
+RUN_VALUES = 64
+
+
+def why_not(door: str, *args: object) -> str | None:
+    """One dtype, float32, bfloat16 or float16, on a GPU (or in the interpreter)."""
+    if door == "fwd":
+        x, weight, bias, *geometry = args
+        return rooms.why_not(x, weight, vectors=(bias,)) or refuse(x, weight, *geometry)
+    dy, x, weight, _, *geometry = args
+    return rooms.why_not(dy, x, weight) or refuse(x, weight, *geometry[:4], dy=dy)
+
+
+def refuse(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, dy: Tensor | None = None) -> str | None:
+    """Why this geometry or these dtypes cannot run, None when they can."""
+    for t in (weight, dy):
+        if t is not None and t.dtype != x.dtype:
+            return f"the triton room wants one dtype, got {x.dtype} and {t.dtype}"
+    n, k, p, q = common.convolution_shape(x, weight, stride, padding, dilation)
+    h, w = x.shape[2:]
+    # Offsets inside a tile (128 rows) are 32-bit: the images a tile can touch must stay below 2^31 elements.
+    images = 128 // (p * q) + 2
+    if max(n * p * q, n * h * w) > LIMIT - 256 or images * max(h * w * x.shape[1], p * q * k) > LIMIT:
+        return f"the triton room's 32-bit offsets do not reach over x of shape {tuple(x.shape)}"
+    if weight.numel() > LIMIT:
+        return f"the triton room's 32-bit offsets do not reach over a weight of shape {tuple(weight.shape)}"
+    return None
+
+
+def precision(x: Tensor) -> str:
+    """What torch's own convolution would use for float32 on this device: tf32 where cudnn may, else full precision."""
+    if x.dtype == torch.bfloat16 and rooms.interpreting():
+        return "interpreted"
+    if x.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def krsc(weight: Tensor) -> Tensor:
+    """The weight with its channels innermost; a copy only where the model is not channels_last."""
+    return common.channels_last(weight)
+
+
+def gather(
+    out: Tensor,
+    source: Tensor,
+    weight: Tensor,
+    rows: int,
+    geometry: dict[str, int],
+    groups: int,
+    epilogue: dict[str, Tensor | float | None] | None = None,
+    relu: bool = False,
+) -> None:
+    """Run `gather_gemm` with the best tile; see the kernel for the words of `geometry`."""
+    from resnet_fast.ops.conv2d.triton_kernels import gather_gemm, split_finish
+
+    names = ("residual_ptr", "bias_ptr", "gamma_ptr", "beta_ptr", "mean_ptr", "var_ptr")
+    extra = dict.fromkeys(names) | {"eps": 0.0} | (epilogue or {})
+    mode = precision(source)
+    taps, columns = geometry["U"] * geometry["V"], geometry["NG"]
+    identity = geometry["OH"] == geometry["OW"] == 1
+
+    def run(tile: tiles.Tile) -> None:
+        split = tile.split if identity and not geometry["RUN"] and taps else 1
+        block = rooms.next_power_of_2(geometry["V"] * geometry["CG"]) if geometry["RUN"] else tile.k
+        constants = geometry | dict(
+            RELU=relu, SPLIT=split, PRECISION=mode, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=max(block, 16)
+        )  # fmt: skip
+        grid = (-(-rows // tile.m) * -(-columns // tile.n), split, groups)
+        target = out if split == 1 else out.new_empty(split, rows, geometry["CO"], dtype=torch.float32)
+        args = dict(out_ptr=target, in_ptr=source, w_ptr=weight, M=rows)
+        if split == 1:
+            rooms.launch(gather_gemm, grid, args | extra, constants, tile.warps, tile.stages)
+            return
+        none = dict.fromkeys(names) | {"eps": 0.0}
+        rooms.launch(gather_gemm, grid, args | none, constants | dict(RELU=False), tile.warps, tile.stages)
+        block_m, block_n = rooms.rows_tile(geometry["CO"], 1024)
+        constants = dict(CO=geometry["CO"], RELU=relu, SPLIT=split, BLOCK_M=block_m, BLOCK_N=block_n)
+        args = dict(out_ptr=out, part_ptr=target, M=rows) | extra
+        rooms.launch(split_finish, (-(-rows // block_m), -(-geometry["CO"] // block_n)), args, constants)
+
+    options = tiles.gemm_tiles(
+        rows, columns, taps * geometry["CG"], geometry["CG"], source.element_size(), source.dtype == torch.float32
+        and mode == "ieee", rooms.multiprocessors(source.device), groups,
+    )  # fmt: skip
+    given = ",".join(k for k, v in extra.items() if v is not None)
+    key = f"gather {mode} {source.dtype} {rows} {groups} {relu} {given} {list(geometry.values())}"
+    tiles.choose(key, options, run, source.device)
+
+
+def forward_geometry(x: Tensor, weight: Tensor, size, stride, padding, dilation, groups: int) -> dict[str, int]:
+    """The constants of a forward convolution."""
+    (_, c, h, w), (k, cg, r, s) = x.shape, weight.shape
+    run = groups == 1 and dilation[1] == 1 and s > 1 and cg < 16 and s * cg <= RUN_VALUES
+    return dict(
+        HI=h, WI=w, CI=c, CG=cg, HO=size[0], WO=size[1], CO=k, NG=k // groups, I=size[0], J=size[1],
+        OH=1, OW=1, OH0=0, OW0=0, U=r, V=s, SH=stride[0], SW=stride[1], H0=-padding[0], W0=-padding[1],
+        TH=dilation[0], TW=dilation[1], WG=k // groups * r * s * cg, WN=r * s * cg, W_START=0, WU=s * cg, WV=cg, WK=1,
+        RUN=run,
+    )  # fmt: skip
+
+
+def forward(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, out: Tensor, epilogue, relu) -> None:
+    """out = act(epilogue(conv(x)))."""
+    x, weight = common.channels_last(x), krsc(weight)
+    n, _, p, q = out.shape
+    geometry = forward_geometry(x, weight, (p, q), stride, padding, dilation, groups)
+    gather(out, x, weight, n * p * q, geometry, groups, epilogue, relu)
+
+
+def fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The convolution's output, channels_last."""
+    out = common.empty_convolution(x, weight, stride, padding, dilation)
+    forward(x, weight, stride, padding, dilation, groups, out, dict(bias_ptr=bias), False)
+    return out
+
+
+def _taps(parity: int, size: int, stride: int, padding: int, dilation: int) -> tuple[int, int, int, int, int]:
+    """Taps which reach the inputs of one residue class: first tap, distance, number, start and step in the output.
+
+    Input h = parity + stride i meets output p at tap r where p stride = h + padding - r dilation. Within a class these
+    r are first, first + distance, ...; each step moves p down by distance dilation / stride.
+    """
+    distance = stride // math.gcd(stride, dilation)
+    first = next((r for r in range(min(distance, size)) if (parity + padding - r * dilation) % stride == 0), None)
+    if first is None:
+        return 0, 1, 0, 0, 0
+    number = -(-(size - first) // distance)
+    return first, distance, number, (parity + padding - first * dilation) // stride, -(distance * dilation // stride)
+
+
+def data_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Tensor:
+    """dx: one gather per residue class of the stride, so that no tap is multiplied in vain."""
+    (n, c, h, w), (k, cg, r, s) = x.shape, weight.shape
+    dx = common.empty_output(x)
+    p, q = dy.shape[2:]
+    for a in range(min(stride[0], h)):
+        r0, dr, rows, p0, tp = _taps(a, r, stride[0], padding[0], dilation[0])
+        for b in range(min(stride[1], w)):
+            s0, ds, columns, q0, tq = _taps(b, s, stride[1], padding[1], dilation[1])
+            u, v = (rows, columns) if rows * columns else (0, 0)  # no tap reaches this class: it is zero
+            i, j = -(-(h - a) // stride[0]), -(-(w - b) // stride[1])
+            geometry = dict(
+                HI=p, WI=q, CI=k, CG=k // groups, HO=h, WO=w, CO=c, NG=cg, I=i, J=j,
+                OH=stride[0], OW=stride[1], OH0=a, OW0=b, U=u, V=v, SH=1, SW=1, H0=p0, W0=q0, TH=tp, TW=tq,
+                WG=k // groups * r * s * cg, WN=1, W_START=(r0 * s + s0) * cg, WU=dr * s * cg, WV=ds * cg, WK=r * s * cg,
+                RUN=False,
+            )  # fmt: skip
+            gather(dx, dy, weight, n * i * j, geometry, groups)
+    return dx
+
+
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Tensor:
+    """dw, contiguous: partial sums over slices of the pixels, added in a fixed order."""
+    from resnet_fast.ops.conv2d.triton_wgrad import conv_weight_gradient, sum_weight_parts
+
+    (_, c, h, w), (k, cg, r, s) = x.shape, weight.shape
+    n, _, p, q = dy.shape
+    kg, m = k // groups, n * p * q
+    run = groups == 1 and dilation[1] == 1 and s > 1 and cg < 16 and s * cg <= RUN_VALUES
+    mode = precision(x)
+    ieee = x.dtype == torch.float32 and mode == "ieee"
+    taps = 3 if s == 3 and not run and not ieee else 1
+    parts = r if run else r * s // taps
+    dw = weight.new_empty(weight.shape)
+    columns = s * cg if run else cg
+    images = max(LIMIT // (h * w * c) - 2, 1)  # a program's slice of pixels stays within 32-bit offsets
+    most = min(images * p * q, LIMIT // k)
+
+    def go(tile: tiles.Tile) -> None:
+        rows = -(-min(-(-m // tile.split), most) // tile.k) * tile.k
+        split = -(-m // rows)
+        part = dw if split == 1 else dw.new_empty(split, dw.numel(), dtype=torch.float32)
+        layout = (cg * r * s, 1, r * s) if split == 1 else (cg * r * s, cg, 1)
+        constants = dict(
+            H=h, W=w, C=c, CG=cg, P=p, Q=q, K=k, KG=kg, R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1],
+            PAD_H=padding[0], PAD_W=padding[1], DIL_H=dilation[0], DIL_W=dilation[1],
+            DW_K=layout[0], DW_T=layout[1], DW_C=layout[2], RUN=run, TAPS=taps, PRECISION=mode,
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        )  # fmt: skip
+        grid = (-(-kg // tile.m) * -(-columns // tile.n) * parts, split, groups)
+        args = dict(dw_ptr=part, dy_ptr=dy, x_ptr=x, M=m, rows=rows)
+        rooms.launch(conv_weight_gradient, grid, args, constants, tile.warps, tile.stages)
+        if split > 1:
+            args = dict(dw_ptr=dw, part_ptr=part, n=dw.numel(), splits=split)
+            rooms.launch(sum_weight_parts, (-(-dw.numel() // 256),), args, dict(CG=cg, RS=r * s, BLOCK=256))
+
+    sm = rooms.multiprocessors(x.device)
+    options = tiles.wgrad_tiles(kg, columns, m, parts * groups, taps, x.element_size(), ieee, sm)
+    key = f"wgrad {mode} {x.dtype} {list(x.shape)} {list(weight.shape)} {stride} {padding} {dilation} {groups}"
+    tiles.choose(key, options, go, x.device)
+    return dw
+
+
+def bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dw, dbias as far as wanted (empty where not)."""
+    dy, x = common.channels_last(dy), common.channels_last(x)
+    geometry = (stride, padding, dilation, groups)
+    none = x.new_empty(0)
+    return (
+        data_gradient(dy, x, krsc(weight), *geometry) if wants[0] else none,
+        weight_gradient(dy, x, weight, *geometry) if wants[1] else none.clone(),
+        dy.sum((0, 2, 3)) if wants[2] else none.clone(),
+    )

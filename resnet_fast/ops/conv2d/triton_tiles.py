@@ -1,0 +1,154 @@
+"""Tiles of the Triton convolutions: which are sensible for a problem, and which is fastest on the card at hand.
+
+The table comes from compiled code (registers, spills, instructions per matrix instruction for sm_80, 90, 100); the order
+is a heuristic. On a GPU the first tiles are timed at first sight of a problem and the fastest is kept with the other
+measured choices; with RESNET_FAST_TUNE=0, under graph capture and without a GPU it is the first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from resnet_fast import _choices
+from resnet_fast.ops import triton_common as rooms
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BLOCK_M x BLOCK_N x BLOCK_K of the GEMM, warps, pipeline stages, and parts of a split GEMM_K (0: not decided)."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 3
+    split: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} split {self.split}"
+
+
+_forced: Tile | None = None
+_CANDIDATES = 4  # timed per problem: compiling a tile takes seconds
+
+
+@contextmanager
+def use(tile: Tile) -> Iterator[None]:
+    """Run every convolution of this process with this very tile; for tests and tables."""
+    global _forced
+    before, _forced = _forced, tile
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def gemm_tiles(m: int, n: int, k: int, channels: int, bytes_: int, ieee: bool, sm: int, groups: int) -> list[Tile]:
+    """Candidates for GEMM_M x GEMM_N x GEMM_K with `channels` summed per tap, best guess first."""
+    if ieee:  # no matrix instructions: registers are the limit
+        base = [Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2)]
+    elif bytes_ == 4:
+        base = [Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 32, 32, 4, 3)]
+    else:
+        base = [
+            Tile(128, 128, 64, 8, 3),
+            Tile(128, 128, 32, 4, 4),
+            Tile(128, 64, 64, 4, 3),
+            Tile(64, 128, 64, 4, 3),
+            Tile(64, 64, 64, 4, 3),
+            Tile(128, 32, 64, 4, 3),
+        ]
+    widest = max(16, min(rooms.next_power_of_2(n), 128))
+    tiles = [t for t in base if t.n <= widest] or [base[-1]]
+
+    def waves(t: Tile) -> float:
+        """Relative time: full waves of programs, each as long as its tile is large; small tiles move more data."""
+        programs = -(-m // t.m) * -(-n // t.n) * groups
+        reuse = 1 + 24 * (1 / t.m + 1 / t.n)
+        return -(-programs // sm) * t.m * t.n * reuse
+
+    tiles.sort(key=waves)
+    tiles = [_fit(t, n, channels, bytes_) for t in tiles]
+    best = tiles[0]
+    programs = -(-m // best.m) * -(-n // best.n) * groups
+    steps = -(-k // best.k)
+    if programs * 2 <= sm and steps >= 16:  # few outputs, long sums: split them, at least 8 iterations each
+        split = min(sm // programs, steps // 8, 8)
+        if split > 1:
+            tiles.insert(0, Tile(best.m, best.n, best.k, best.warps, best.stages, split))
+    return list(dict.fromkeys(tiles))[:_CANDIDATES]
+
+
+def _fit(t: Tile, n: int, channels: int, bytes_: int) -> Tile:
+    """Shrink BLOCK_N to the columns and BLOCK_K to what divides the channels (a masked block where nothing does)."""
+    smallest = 16 if bytes_ == 2 else 8
+    k = t.k
+    while k > smallest and channels % k:
+        k //= 2
+    if channels % k:
+        k = max(smallest, min(t.k, rooms.next_power_of_2(channels)))
+    return Tile(t.m, max(16, min(t.n, rooms.next_power_of_2(n))), k, t.warps, t.stages, t.split)
+
+
+def wgrad_tiles(k: int, n: int, pixels: int, parts: int, taps: int, bytes_: int, ieee: bool, sm: int) -> list[Tile]:
+    """Candidates for dw: k filters x n columns per tap (or row), `parts` of those (taps / TAPS times groups)."""
+    if ieee:
+        base = [Tile(32, 32, 16, 4, 2)]
+    elif bytes_ == 4:
+        base = [Tile(64, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2)]
+    elif taps == 3:
+        base = [Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)]
+    else:
+        base = [Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3)]
+    tiles = []
+    for t in base:
+        block_m = max(16, min(t.m, rooms.next_power_of_2(k)))
+        block_n = max(16, min(t.n, rooms.next_power_of_2(n)))
+        programs = -(-k // block_m) * -(-n // block_n) * parts
+        # Two programs per multiprocessor, eight iterations each at least; the partials stay few.
+        split = max(min(2 * sm // programs, pixels // (8 * t.k)), 1)
+        tiles.append(Tile(block_m, block_n, t.k, t.warps, t.stages, split))
+    return list(dict.fromkeys(tiles))[:_CANDIDATES]
+
+
+def choose(key: str, tiles: list[Tile], run: Callable[[Tile], None], device: torch.device) -> None:
+    """Run the problem with its best tile; at first sight on a GPU that is found by timing the candidates."""
+    if _forced is not None:
+        run(_forced)
+        return
+    if len(tiles) == 1 or device.type != "cuda" or os.environ.get("RESNET_FAST_TUNE", "1") == "0":
+        run(tiles[0])
+        return
+    by_name = {str(t): t for t in tiles}
+    known = _choices.get(f"triton tile|{key}")
+    if known in by_name:
+        run(by_name[known])
+    elif torch.cuda.is_current_stream_capturing():
+        run(tiles[0])
+    else:
+        best = min(tiles, key=lambda t: _seconds(run, t))
+        _choices.put(f"triton tile|{key}", str(best))
+        run(best)
+
+
+def _seconds(run: Callable[[Tile], None], tile: Tile) -> float:
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        run(tile)  # compiles
+    except OutOfResources:  # a card with less shared memory than the table was made for
+        return float("inf")
+    times = []
+    for _ in range(3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(tile)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times)

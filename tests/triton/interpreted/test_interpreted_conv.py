@@ -1,0 +1,95 @@
+"""The convolution rooms in Triton's interpreter: every geometry, every epilogue, all gradients."""
+
+import pytest
+import torch
+from cases import FLOATS, random
+from conv_cases import GEOMETRIES, check_backward, check_forward, check_fused
+
+from resnet_fast import functional
+from resnet_fast.backends import use_backend
+from resnet_fast.ops.conv2d.triton_tiles import Tile, use
+
+QUICK = list(zip(GEOMETRIES, FLOATS * 6))  # each geometry once, the dtypes in turn
+
+
+@pytest.mark.parametrize("name, dtype", QUICK)
+def test_forward(name, dtype):
+    check_forward(name, dtype)
+    check_fused(name, dtype)
+
+
+@pytest.mark.parametrize("name, dtype", QUICK)
+def test_backward(name, dtype):
+    check_backward(name, dtype)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_epilogues(residual, relu, affine):
+    check_fused("odd channels", torch.bfloat16, residual, relu, affine)
+    check_fused("odd channels", torch.bfloat16, residual, relu, affine, other=torch.float32)
+
+
+@pytest.mark.parametrize("bits", range(8))
+def test_wants(bits):
+    check_backward("3x3", torch.float32, tuple(bool(bits >> i & 1) for i in range(3)))
+
+
+@pytest.mark.parametrize("name, split", [("3x3", 7), ("1x1", 2), ("many odd channels", 2)])
+def test_split(name, split):
+    with use(Tile(32, 32, 16, split=split)):
+        check_fused(name, torch.bfloat16)
+        check_backward(name, torch.float16)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", ["3x3", "1x1", "many odd channels", "groups", "large filter"])
+@pytest.mark.parametrize("split", [2, 3, 7])
+def test_proof_split(name, split):
+    with use(Tile(32, 32, 16, split=split)):
+        check_forward(name, torch.float32)
+        check_fused(name, torch.bfloat16)
+        check_backward(name, torch.float16)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values_spread_as_in_eager(value):
+    from cases import room
+
+    from resnet_fast.ops.conv_bn_act import eager
+
+    x = random((1, 16, 6, 6), torch.float32, 0)
+    x[0, 3, 2, 2] = value
+    weight, ones = random((8, 16, 3, 3), torch.float32, 1), torch.ones(8)
+    given = (x, weight, None, None, None, ones, ones, None, 1e-5, True, [1, 1], [1, 1], [1, 1], 1)
+    ours, theirs = room("conv_bn_act").fwd(*given), eager.fwd(*given)
+    assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isinf(), theirs.isinf())
+
+
+def test_operators_through_autograd():
+    """The public functions with the triton backend asked for by name, forward and backward, against eager."""
+    results = {}
+    for backend in ("triton", "eager"):
+        x = random((2, 8, 8, 8), torch.float32, 0).requires_grad_()
+        weight = random((8, 8, 3, 3), torch.float32, 1, scale=0.1).requires_grad_()
+        gamma, beta = torch.ones(8).requires_grad_(), torch.zeros(8).requires_grad_()
+        mean, var = torch.zeros(8), torch.ones(8)
+        with use_backend(backend):
+            y = functional.conv_bn_act(x, weight, None, mean, var, gamma, beta, residual=x, training=True, padding=1)
+            y = functional.max_pool2d(functional.add_relu(y, x), 3, 2, 1)
+            y.square().sum().backward()
+        results[backend] = (y.detach(), x.grad, weight.grad, gamma.grad, beta.grad, mean, var)
+    for ours, theirs in zip(*results.values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_proof(name, dtype):
+    check_forward(name, dtype, bias=False, seed=100)
+    check_forward(name, dtype, seed=200)
+    check_fused(name, dtype, residual=False, seed=300)
+    check_fused(name, dtype, seed=400)
+    check_backward(name, dtype, seed=500)

@@ -1,0 +1,108 @@
+"""The compiled convolutions, executed by the simulator: values, races, compulsory bytes, bank conflicts."""
+
+import pytest
+import torch
+from cases import FLOATS, random, room
+from conv_cases import GEOMETRIES, check_backward, check_forward, check_fused
+
+from resnet_fast.ops.conv2d.triton_tiles import Tile, gemm_tiles, use, wgrad_tiles
+
+
+@pytest.mark.parametrize(
+    "name, dtype, order", [("3x3", torch.bfloat16, 3), ("1x1", torch.float32, -1), ("stem", torch.float16, 0)]
+)
+def test_forward(simulator, name, dtype, order):
+    with simulator.running(order):
+        check_fused(name, dtype)
+
+
+@pytest.mark.parametrize("name, dtype, order", [("3x3 stride 2", torch.float16, 4), ("1x1", torch.bfloat16, -1)])
+def test_backward(simulator, name, dtype, order):
+    with simulator.running(order):
+        check_backward(name, dtype)
+
+
+def test_split(simulator):
+    with simulator.running(2), use(Tile(32, 32, 16, split=3)):
+        check_fused("3x3", torch.bfloat16)
+
+
+def test_compulsory_bytes(simulator):
+    """A fused 3x3 convolution reads input, weights and residual and writes the output once; conflict-free."""
+    x, weight = random((1, 64, 12, 12), torch.bfloat16, 0), random((64, 64, 3, 3), torch.bfloat16, 1)
+    residual, vectors = random((1, 64, 12, 12), torch.bfloat16, 2), [torch.ones(64) for _ in range(4)]
+    window = ([1, 1], [1, 1], [1, 1], 1)
+    with simulator.running() as reports, use(Tile(64, 64, 64, 4, 3)):
+        room("conv_bn_act").fwd(x, weight, None, *vectors, residual, 1e-5, True, *window)
+    ((_, report),) = reports
+    floor = 2 * x.numel() + 2 * weight.numel() + 2 * residual.numel() + 4 * 4 * 64
+    assert report.counters["distinct_read_bytes"] == floor
+    assert report.counters["distinct_write_bytes"] == 2 * x.numel()
+    assert report.counters["bank_conflicts"] == 0
+    assert report.unwritten("out_ptr") == 0
+    flops = 2 * 144 * 64 * 64 * 9
+    assert flops <= report.counters["mma_flops"] <= 192 / 144 * flops  # 144 rows in tiles of 64
+
+
+def every_tile(bytes_, ieee=False):
+    """All tiles the chooser may pick for large problems, as the problems' sizes vary."""
+    found = set()
+    for n in (64, 128, 512):
+        for m in (256, 6272, 200704):
+            found |= set(gemm_tiles(m, n, 4608, 512, bytes_, ieee, 108, 1))
+    return sorted(found, key=str)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("tile", every_tile(2), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_proof_tiles(simulator, tile, dtype):
+    with simulator.running(6), use(tile):
+        check_fused(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), dtype)
+        check_fused(((2, 128, 9, 11), (128, 128, 1, 1), 1, 0, 1, 1), dtype)
+        check_backward(((1, 64, 9, 11), (64, 64, 3, 3), 1, 1, 1, 1), dtype, (True, False, False))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("tile", every_tile(4), ids=str)
+def test_proof_tiles_float32(simulator, tile):
+    with simulator.running(8), use(tile):
+        check_fused(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), torch.float32)
+        check_backward(((1, 64, 9, 11), (64, 64, 3, 3), 1, 1, 1, 1), torch.float32, (True, False, False))
+
+
+def every_wgrad_tile(bytes_, taps):
+    """All tiles of the weight gradient."""
+    found = set()
+    for k in (64, 128, 512):
+        found |= set(wgrad_tiles(k, k, 6272, 3 if taps == 3 else 1, taps, bytes_, False, 4))
+    return sorted(found, key=str)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("taps", [1, 3])
+def test_proof_weight_gradient_tiles(simulator, dtype, taps):
+    filters = (128, 128, taps, taps)
+    for tile in every_wgrad_tile(dtype.itemsize, taps):
+        with simulator.running(8), use(Tile(tile.m, tile.n, tile.k, tile.warps, tile.stages, 2)):
+            check_backward(((2, 128, 9, 11), filters, 1, taps // 2, 1, 1), dtype, (False, True, False))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_proof_geometries(simulator, name, dtype):
+    with simulator.running(len(name)):
+        check_forward(name, dtype, seed=7)
+        check_fused(name, dtype, residual=False, seed=8)
+        check_backward(name, dtype, seed=9)
+
+
+@pytest.mark.proof
+def test_proof_full_precision(simulator, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with simulator.running(1):
+        for name in ("3x3", "3x3 stride 2", "1x1", "stem"):
+            check_fused(name, torch.float32)
+            check_backward(name, torch.float32)
