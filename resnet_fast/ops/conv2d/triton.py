@@ -62,14 +62,14 @@ def gather(
     rows: int,
     geometry: dict[str, int],
     groups: int,
-    epilogue: dict[str, Tensor | float | None] | None = None,
+    epilogue: dict[str, Tensor | None] | None = None,
     relu: bool = False,
 ) -> None:
     """Run `gather_gemm` with the best tile; see the kernel for the words of `geometry`."""
     from resnet_fast.ops.conv2d.triton_kernels import gather_gemm, split_finish
 
-    names = ("residual_ptr", "bias_ptr", "gamma_ptr", "beta_ptr", "mean_ptr", "var_ptr")
-    extra = dict.fromkeys(names) | {"eps": 0.0} | (epilogue or {})
+    none = dict.fromkeys(("residual_ptr", "scale_ptr", "shift_ptr"))
+    extra = none | (epilogue or {})
     mode = precision(source)
     taps, columns = geometry["U"] * geometry["V"], geometry["NG"]
     identity = geometry["OH"] == geometry["OW"] == 1
@@ -86,7 +86,6 @@ def gather(
         if split == 1:
             rooms.launch(gather_gemm, grid, args | extra, constants, tile.warps, tile.stages)
             return
-        none = dict.fromkeys(names) | {"eps": 0.0}
         rooms.launch(gather_gemm, grid, args | none, constants | dict(RELU=False), tile.warps, tile.stages)
         block_m, block_n = rooms.rows_tile(geometry["CO"], 1024)
         constants = dict(CO=geometry["CO"], RELU=relu, SPLIT=split, BLOCK_M=block_m, BLOCK_N=block_n)
@@ -133,7 +132,7 @@ def fwd(
 ) -> Tensor:
     """The convolution's output, channels_last."""
     out = common.empty_convolution(x, weight, stride, padding, dilation)
-    forward(x, weight, stride, padding, dilation, groups, out, dict(bias_ptr=bias), False)
+    forward(x, weight, stride, padding, dilation, groups, out, dict(shift_ptr=bias), False)
     return out
 
 

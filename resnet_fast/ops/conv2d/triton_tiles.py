@@ -34,6 +34,7 @@ class Tile:
 
 
 _forced: Tile | None = None
+_every = False
 _CANDIDATES = 4  # timed per problem: compiling a tile takes seconds
 
 
@@ -46,6 +47,17 @@ def use(tile: Tile) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def every_candidate() -> Iterator[None]:
+    """Run every convolution of this process once with each candidate: to compile, count or warm up all of them."""
+    global _every
+    before, _every = _every, True
+    try:
+        yield
+    finally:
+        _every = before
 
 
 def gemm_tiles(m: int, n: int, k: int, channels: int, bytes_: int, ieee: bool, sm: int, groups: int) -> list[Tile]:
@@ -120,6 +132,10 @@ def choose(key: str, tiles: list[Tile], run: Callable[[Tile], None], device: tor
     """Run the problem with its best tile; at first sight on a GPU that is found by timing the candidates."""
     if _forced is not None:
         run(_forced)
+        return
+    if _every:
+        for tile in tiles:
+            run(tile)
         return
     if len(tiles) == 1 or device.type != "cuda" or os.environ.get("RESNET_FAST_TUNE", "1") == "0":
         run(tiles[0])
