@@ -55,50 +55,49 @@ def krsc(weight: Tensor) -> Tensor:
     return common.channels_last(weight)
 
 
-def gather(
+def launch_gather(
     out: Tensor,
     source: Tensor,
     weight: Tensor,
     rows: int,
     geometry: dict[str, int],
     groups: int,
+    tile: tiles.Tile,
     epilogue: dict[str, Tensor | None] | None = None,
     relu: bool = False,
 ) -> None:
-    """Run `gather_gemm` with the best tile; see the kernel for the words of `geometry`."""
+    """Run `gather_gemm` with a tile; see the kernel for the words of `geometry`."""
     from resnet_fast.ops.conv2d.triton_kernels import gather_gemm, split_finish
 
     none = dict.fromkeys(("residual_ptr", "scale_ptr", "shift_ptr"))
     extra = none | (epilogue or {})
-    mode = precision(source)
-    taps, columns = geometry["U"] * geometry["V"], geometry["NG"]
-    identity = geometry["OH"] == geometry["OW"] == 1
-
-    def run(tile: tiles.Tile) -> None:
-        split = tile.split if identity and not geometry["RUN"] and taps else 1
-        block = rooms.next_power_of_2(geometry["V"] * geometry["CG"]) if geometry["RUN"] else tile.k
-        constants = geometry | dict(
-            RELU=relu, SPLIT=split, PRECISION=mode, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=max(block, 16)
-        )  # fmt: skip
-        grid = (-(-rows // tile.m) * -(-columns // tile.n), split, groups)
-        target = out if split == 1 else out.new_empty(split, rows, geometry["CO"], dtype=torch.float32)
-        args = dict(out_ptr=target, in_ptr=source, w_ptr=weight, M=rows)
-        if split == 1:
-            rooms.launch(gather_gemm, grid, args | extra, constants, tile.warps, tile.stages)
-            return
-        rooms.launch(gather_gemm, grid, args | none, constants | dict(RELU=False), tile.warps, tile.stages)
-        block_m, block_n = rooms.rows_tile(geometry["CO"], 1024)
-        constants = dict(CO=geometry["CO"], RELU=relu, SPLIT=split, BLOCK_M=block_m, BLOCK_N=block_n)
-        args = dict(out_ptr=out, part_ptr=target, M=rows) | extra
-        rooms.launch(split_finish, (-(-rows // block_m), -(-geometry["CO"] // block_n)), args, constants)
-
-    options = tiles.gemm_tiles(
-        rows, columns, taps * geometry["CG"], geometry["CG"], source.element_size(), source.dtype == torch.float32
-        and mode == "ieee", rooms.multiprocessors(source.device), groups,
+    whole = geometry["OH"] == geometry["OW"] == 1  # every pixel of the output is a row
+    split = tile.split if whole and not geometry["RUN"] else 1
+    block_k = rooms.next_power_of_2(geometry["V"] * geometry["CG"]) if geometry["RUN"] else tile.k
+    constants = geometry | dict(
+        RELU=relu and split == 1, SPLIT=split, PRECISION=precision(source), BLOCK_M=tile.m, BLOCK_N=tile.n,
+        BLOCK_K=max(block_k, 16),
     )  # fmt: skip
-    given = ",".join(k for k, v in extra.items() if v is not None)
-    key = f"gather {mode} {source.dtype} {rows} {groups} {relu} {given} {list(geometry.values())}"
-    tiles.choose(key, options, run, source.device)
+    grid = (-(-rows // tile.m) * -(-geometry["NG"] // tile.n), split, groups)
+    args = dict(in_ptr=source, w_ptr=weight, M=rows)
+    if split == 1:
+        rooms.launch(gather_gemm, grid, dict(out_ptr=out) | args | extra, constants, tile.warps, tile.stages)
+        return
+    part = out.new_empty(split, rows, geometry["CO"], dtype=torch.float32)
+    rooms.launch(gather_gemm, grid, dict(out_ptr=part) | args | none, constants, tile.warps, tile.stages)
+    block_m, block_n = rooms.rows_tile(geometry["CO"], 1024)
+    constants = dict(CO=geometry["CO"], RELU=relu, SPLIT=split, BLOCK_M=block_m, BLOCK_N=block_n)
+    args = dict(out_ptr=out, part_ptr=part, M=rows) | extra
+    rooms.launch(split_finish, (-(-rows // block_m), -(-geometry["CO"] // block_n)), args, constants)
+
+
+def _candidates(source: Tensor, rows: int, geometry: dict[str, int], groups: int) -> list[tiles.Tile]:
+    ieee = source.dtype == torch.float32 and precision(source) == "ieee"
+    sum_length = geometry["U"] * geometry["V"] * geometry["CG"]
+    return tiles.gemm_tiles(
+        rows, geometry["NG"], sum_length, geometry["CG"], source.element_size(), ieee,
+        rooms.multiprocessors(source.device), groups,
+    )  # fmt: skip
 
 
 def forward_geometry(x: Tensor, weight: Tensor, size, stride, padding, dilation, groups: int) -> dict[str, int]:
@@ -118,7 +117,14 @@ def forward(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, o
     x, weight = common.channels_last(x), krsc(weight)
     n, _, p, q = out.shape
     geometry = forward_geometry(x, weight, (p, q), stride, padding, dilation, groups)
-    gather(out, x, weight, n * p * q, geometry, groups, epilogue, relu)
+    rows = n * p * q
+
+    def run(tile: tiles.Tile) -> None:
+        launch_gather(out, x, weight, rows, geometry, groups, tile, epilogue, relu)
+
+    given = [k for k, v in epilogue.items() if v is not None]
+    key = f"forward {precision(x)} {x.dtype} {rows} {groups} {relu} {given} {list(geometry.values())}"
+    tiles.choose(key, _candidates(x, rows, geometry, groups), run, x.device)
 
 
 def fwd(
@@ -153,13 +159,14 @@ def _taps(parity: int, size: int, stride: int, padding: int, dilation: int) -> t
 def data_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Tensor:
     """dx: one gather per residue class of the stride, so that no tap is multiplied in vain."""
     (n, c, h, w), (k, cg, r, s) = x.shape, weight.shape
-    dx = common.empty_output(x)
     p, q = dy.shape[2:]
+    classes = []
     for a in range(min(stride[0], h)):
-        r0, dr, rows, p0, tp = _taps(a, r, stride[0], padding[0], dilation[0])
+        r0, dr, u, p0, tp = _taps(a, r, stride[0], padding[0], dilation[0])
         for b in range(min(stride[1], w)):
-            s0, ds, columns, q0, tq = _taps(b, s, stride[1], padding[1], dilation[1])
-            u, v = (rows, columns) if rows * columns else (0, 0)  # no tap reaches this class: it is zero
+            s0, ds, v, q0, tq = _taps(b, s, stride[1], padding[1], dilation[1])
+            if u * v == 0:  # no tap reaches these inputs: their gradient is zero
+                continue
             i, j = -(-(h - a) // stride[0]), -(-(w - b) // stride[1])
             geometry = dict(
                 HI=p, WI=q, CI=k, CG=k // groups, HO=h, WO=w, CO=c, NG=cg, I=i, J=j,
@@ -167,7 +174,20 @@ def data_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilati
                 WG=k // groups * r * s * cg, WN=1, W_START=(r0 * s + s0) * cg, WU=dr * s * cg, WV=ds * cg, WK=r * s * cg,
                 RUN=False,
             )  # fmt: skip
-            gather(dx, dy, weight, n * i * j, geometry, groups)
+            classes.append((n * i * j, geometry))
+    dx = common.empty_output(x)
+    if len(classes) < min(stride[0], h) * min(stride[1], w):
+        dx.zero_()  # one fill and the classes that have taps: fewer launches than a class of zeros each
+    largest = max(classes, key=lambda case: case[1]["U"] * case[1]["V"], default=None)
+    if largest is None:
+        return dx
+
+    def run(tile: tiles.Tile) -> None:
+        for rows, geometry in classes:
+            launch_gather(dx, dy, weight, rows, geometry, groups, tile)
+
+    key = f"data gradient {precision(x)} {x.dtype} {list(x.shape)} {list(weight.shape)} {stride} {padding} {dilation}"
+    tiles.choose(f"{key} {groups}", _candidates(dy, *largest, groups), run, x.device)
     return dx
 
 

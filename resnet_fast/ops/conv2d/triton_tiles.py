@@ -35,7 +35,7 @@ class Tile:
 
 _forced: Tile | None = None
 _every = False
-_CANDIDATES = 4  # timed per problem: compiling a tile takes seconds
+_CANDIDATES = 3  # timed per problem: compiling a tile takes seconds
 
 
 @contextmanager
@@ -89,8 +89,8 @@ def gemm_tiles(m: int, n: int, k: int, channels: int, bytes_: int, ieee: bool, s
     best = tiles[0]
     programs = -(-m // best.m) * -(-n // best.n) * groups
     steps = -(-k // best.k)
-    if programs * 2 <= sm and steps >= 16:  # few outputs, long sums: split them, at least 8 iterations each
-        split = min(sm // programs, steps // 8, 8)
+    if programs <= sm and steps >= 16:  # few outputs, long sums: split them, at least 8 iterations each
+        split = min(2 * sm // programs, steps // 8, 8)
         if split > 1:
             tiles.insert(0, Tile(best.m, best.n, best.k, best.warps, best.stages, split))
     return list(dict.fromkeys(tiles))[:_CANDIDATES]
@@ -124,8 +124,9 @@ def wgrad_tiles(k: int, n: int, pixels: int, parts: int, taps: int, bytes_: int,
         programs = -(-k // block_m) * -(-n // block_n) * parts
         # Two programs per multiprocessor, eight iterations each at least; the partials stay few.
         split = max(min(2 * sm // programs, pixels // (8 * t.k)), 1)
-        tiles.append(Tile(block_m, block_n, t.k, t.warps, t.stages, split))
-    return list(dict.fromkeys(tiles))[:_CANDIDATES]
+        if not any((block_m, block_n, t.k) == (u.m, u.n, u.k) for u in tiles):
+            tiles.append(Tile(block_m, block_n, t.k, t.warps if block_m * block_n > 4096 else 4, t.stages, split))
+    return tiles[:_CANDIDATES]
 
 
 def choose(key: str, tiles: list[Tile], run: Callable[[Tile], None], device: torch.device) -> None:
