@@ -24,6 +24,7 @@ FLAGS = [
     "-std=c++17",
     "-O3",
     "-fopenmp",
+    "-g0",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-ffp-contract=off",

@@ -46,8 +46,7 @@ def freeze(
     own = next((p for p in model.parameters()), torch.empty(0))
     frozen = Frozen(model, dtype or own.dtype, own.device, exact)
     if example is not None:
-        with torch.inference_mode():
-            frozen(example)
+        frozen.prepare(example)
     return frozen
 
 
@@ -87,6 +86,13 @@ class Frozen(nn.Module):
         with torch.inference_mode():
             y = self.network(x) if self.network is not None else self.program(x.to(self.dtype))
             return y.to(x.dtype) if isinstance(y, Tensor) else y
+
+    def prepare(self, x: Tensor) -> Frozen:
+        """Make the plan of x's shape now, measuring its kernels (seconds, once per machine: the choices are kept)."""
+        if self.network is not None and x.device == self.device:
+            self.network.plan(x, tune=True)
+        self(x.detach())
+        return self
 
     def train(self, mode: bool = True) -> Frozen:
         """Only evaluation mode exists.

@@ -24,7 +24,9 @@ def realistic(model: nn.Module) -> nn.Module:
     return model
 
 
-def train_step(model: nn.Module, x: Tensor, target: Tensor, lr: float = 0.0, autocast: bool = False) -> dict[str, Tensor]:
+def train_step(
+    model: nn.Module, x: Tensor, target: Tensor, lr: float = 0.0, autocast: bool = False
+) -> dict[str, Tensor]:
     """Loss, gradients and buffers of one step."""
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
