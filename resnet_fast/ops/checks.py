@@ -29,6 +29,7 @@ def normalised(
     training: bool,
     act: str | None,
     eps: float,
+    momentum: float,
     op: str,
 ) -> None:
     """Checks of the tensor that is normalised (the convolution's output, where there is one)."""
@@ -37,10 +38,10 @@ def normalised(
     channels = x.shape[1]
     for name, t in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
         common.check_vector(op, name, t, channels)
-    if not training and (running_mean is None or running_var is None):
-        raise ValueError(f"{op}: running_mean and running_var are wanted when not training, got None")
-    if training and eps <= 0:
-        raise ValueError(f"{op}: eps must be positive in training, got {eps}")
+    known_statistics(running_mean, running_var, training, op)
+    positive_eps(eps, training, op)
+    if training and running_mean is not None and not isinstance(momentum, (int, float)):
+        raise TypeError(f"{op}: wanted momentum as a number, got {momentum!r} (a module turns None into an average)")
     residual_like(residual, x.shape, op)
     common.check_same_device(
         op, x=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias, residual=residual
@@ -49,12 +50,26 @@ def normalised(
         several_values(x.shape)
 
 
+def known_statistics(running_mean: Tensor | None, running_var: Tensor | None, training: bool, op: str) -> None:
+    """Both running statistics or neither, and both when not training."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{op}: wanted running_mean and running_var both or neither, got one of them")
+    if not training and running_mean is None:
+        raise RuntimeError(f"{op}: running_mean and running_var are wanted when not training, got None")
+
+
+def positive_eps(eps: float, training: bool, op: str) -> None:
+    """eps guards the division: above 0 in training, never below it."""
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"{op}: wanted eps {'above' if training else 'of at least'} 0, got {eps}")
+
+
 def residual_like(residual: Tensor | None, shape: torch.Size | tuple[int, ...], op: str) -> None:
     """A residual of the output's shape: it is added, never broadcast."""
     if residual is not None and residual.shape != shape:
         raise RuntimeError(f"{op}: wanted residual of the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
-    if residual is not None and not residual.is_floating_point():
-        raise RuntimeError(f"{op}: wanted residual of a floating dtype, got {residual.dtype}")
+    if residual is not None:
+        common.check_floating(op, "residual", residual)
 
 
 def several_values(shape: torch.Size | tuple[int, ...]) -> None:

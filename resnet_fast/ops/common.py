@@ -12,21 +12,28 @@ CHANNELS_LAST = torch.channels_last
 
 def pair(name: str, value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
     """An int or a pair of ints, as torch's convolutions take them."""
-    if isinstance(value, int):
+    if isinstance(value, (int, torch.SymInt)):
         return value, value
+    if not isinstance(value, (tuple, list)) or not all(isinstance(v, (int, torch.SymInt)) for v in value):
+        raise TypeError(f"{name}: wanted an int or two ints, got {value!r}")
     if len(value) == 1:
         return value[0], value[0]
     if len(value) != 2:
-        raise ValueError(f"{name}: wanted an int or two ints, got {value!r}")
+        raise RuntimeError(f"{name}: wanted an int or two ints, got {value!r}")
     return value[0], value[1]
+
+
+def check_floating(op: str, name: str, t: Tensor) -> None:
+    """Refuse integers and complex numbers, with the type torch's own kernels raise (it is a RuntimeError too)."""
+    if not t.is_floating_point():
+        raise NotImplementedError(f"{op}: wanted {name} of a floating dtype, got {t.dtype}")
 
 
 def check_4d(op: str, name: str, x: Tensor) -> None:
     """Refuse what is not a batch of images."""
     if x.dim() != 4:
-        raise ValueError(f"{op}: wanted {name} of shape (N, C, H, W), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise RuntimeError(f"{op}: wanted {name} of a floating dtype, got {x.dtype}")
+        raise RuntimeError(f"{op}: wanted {name} of shape (N, C, H, W), got {tuple(x.shape)}")
+    check_floating(op, name, x)
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
@@ -114,11 +121,11 @@ def convolution_arguments(op, x, weight, bias, stride, padding, dilation, groups
     """
     check_4d(op, "x", x)
     if weight.dim() != 4:
-        raise ValueError(f"{op}: wanted weight of shape (K, C / groups, R, S), got {tuple(weight.shape)}")
+        raise RuntimeError(f"{op}: wanted weight of shape (K, C / groups, R, S), got {tuple(weight.shape)}")
     check_same_device(op, x=x, weight=weight, bias=bias)
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     if min(stride) < 1 or min(dilation) < 1:
-        raise ValueError(f"{op}: wanted stride and dilation of at least 1, got {stride} and {dilation}")
+        raise RuntimeError(f"{op}: wanted stride and dilation of at least 1, got {stride} and {dilation}")
     if groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         raise RuntimeError(
             f"{op}: weight {tuple(weight.shape)} with {groups} group(s) wants x of {weight.shape[1] * groups} channels and "
@@ -129,7 +136,7 @@ def convolution_arguments(op, x, weight, bias, stride, padding, dilation, groups
         x, padding = _named_padding(op, x, weight, padding, stride, dilation)
     padding = pair("padding", padding)
     if min(padding) < 0:
-        raise ValueError(f"{op}: wanted padding of at least 0, got {padding}")
+        raise RuntimeError(f"{op}: wanted padding of at least 0, got {padding}")
     sizes = [conv_output_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     if min(sizes) < 1:
         raise RuntimeError(
@@ -143,7 +150,7 @@ def _named_padding(op, x, weight, padding, stride, dilation):
     if padding == "valid":
         return x, 0
     if padding != "same":
-        raise ValueError(f'{op}: wanted padding as numbers, "same" or "valid", got {padding!r}')
+        raise RuntimeError(f'{op}: wanted padding as numbers, "same" or "valid", got {padding!r}')
     if max(stride) != 1:
         raise RuntimeError(f'{op}: padding "same" wants stride 1, got {stride}')
     total = [dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1)]

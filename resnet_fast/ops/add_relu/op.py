@@ -21,15 +21,15 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     Cost:
         Two reads and one write of the tensor (torch: three reads, two writes). Saved for backward: y.
     Raises:
-        ValueError: the shapes differ.
-        RuntimeError: different devices, or a dtype that is not floating.
+        RuntimeError: the shapes or the devices differ.
+        NotImplementedError: a dtype that is not floating.
     Source:
         He et al., Deep Residual Learning for Image Recognition, 2015, section 3.2.
     """
     if x.shape != residual.shape:
-        raise ValueError(f"add_relu: wanted two tensors of one shape, got {tuple(x.shape)} and {tuple(residual.shape)}")
-    if not (x.is_floating_point() and residual.is_floating_point()):
-        raise RuntimeError(f"add_relu: wanted floating dtypes, got {x.dtype} and {residual.dtype}")
+        raise RuntimeError(f"add_relu: wanted two tensors of one shape, got {tuple(x.shape)} and {tuple(residual.shape)}")
+    common.check_floating("add_relu", "x", x)
+    common.check_floating("add_relu", "residual", residual)
     common.check_same_device("add_relu", x=x, residual=residual)
     return _forward(x, residual)
 

@@ -27,18 +27,26 @@ def fwd(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and in training the batch's mean and biased variance (two empty vectors otherwise)."""
-    y, batch_mean, rstd = aten.native_batch_norm(x, weight, bias, mean, var, training, 0.0, eps)
+    dtype = checks.statistics_dtype(x)
+    batch_mean, batch_var = [x.new_zeros(x.shape[1] if training else 0, dtype=dtype) for _ in range(2)]
+    weight, bias, mean, var = [_wide(t, x) for t in (weight, bias, mean, var)]
+    if x.numel() == 0:
+        y = x.clone()  # torch's kernels refuse an empty batch, or divide by its size
+    elif training:
+        # With momentum 1 the running statistics become the batch's: the variance itself, not 1 / sqrt(var + eps).
+        y = aten.native_batch_norm(x, weight, bias, batch_mean, batch_var, True, 1.0, eps)[0]
+        n = x.numel() // x.shape[1]
+        batch_var.mul_((n - 1) / n)
+    else:
+        y = aten.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
     if residual is not None:
         y = y + residual
-    if relu:
-        y = torch.relu(y)
-    dtype = checks.statistics_dtype(x)
-    if not training:
-        return common.as_output(y), x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
-    if x.numel() == 0:
-        nothing = x.new_zeros(x.shape[1], dtype=dtype)
-        return common.as_output(y), nothing, nothing.clone()
-    return common.as_output(y), batch_mean.to(dtype), rstd.to(dtype).pow(-2) - eps
+    return common.as_output(torch.relu(y) if relu else y), batch_mean, batch_var
+
+
+def _wide(vector: Tensor | None, x: Tensor) -> Tensor | None:
+    """A vector in the statistics' dtype beside half-precision activations: torch takes them mixed, but all alike."""
+    return vector if vector is None or x.element_size() >= 4 else vector.to(checks.statistics_dtype(x))
 
 
 def bwd(
@@ -55,19 +63,29 @@ def bwd(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual as far as wanted (empty where not); differentiable again."""
+    none = x.new_empty(0)
+    dtype = checks.statistics_dtype(x)
+    if x.numel() == 0:
+        zeros = x.new_zeros(x.shape[1], dtype=dtype)
+        return (
+            common.as_output(torch.zeros_like(x)) if wants[0] else none,
+            zeros if wants[1] else none.clone(),
+            zeros.clone() if wants[2] else none.clone(),
+            common.as_output(dy.clone()) if wants[3] else none.clone(),
+        )
+    weight, bias, mean, var = [_wide(t, x) for t in (weight, bias, mean, var)]
     rstd = (var + eps).rsqrt()
     if relu:
         if y is None:
             y = aten.native_batch_norm(x.detach(), weight, bias, mean, var, False, 0.0, eps)[0]
         dy = aten.threshold_backward(dy, y.detach(), 0)
-    none = x.new_empty(0)
     dx, dweight, dbias = none, none, none
     if any(wants[:3]):
-        grad = dy.to(x.dtype)
+        # One layout for both: torch rounds dweight and dbias to bfloat16 where x and dy differ in it.
+        grad, x = common.channels_last(dy.to(x.dtype)), common.channels_last(x)
         mask = [wants[0], wants[1], wants[2]]
         given = (grad, x, weight, mean, var, mean, rstd, training, eps, mask)
         dx, dweight, dbias = aten.native_batch_norm_backward(*given)
-    dtype = checks.statistics_dtype(x)
     return (
         common.as_output(dx) if wants[0] else none,
         dweight.to(dtype) if wants[1] else none.clone(),

@@ -35,12 +35,13 @@ def bn_act(
         Training: x read twice, residual once, y written once; backward two passes. Evaluation: one pass. Saved for
         backward: x, two vectors, and y where a residual was added (its sign is the ReLU's mask, else recomputed from x).
     Raises:
-        ValueError: x is not four-dimensional, one value per channel in training, an act that is not known.
-        RuntimeError: vectors or residual of the wrong shape, tensors on different devices, integer x.
+        ValueError: one value per channel or eps of 0 in training, one running statistic without the other, an unknown act.
+        RuntimeError: x is not four-dimensional, vectors or residual of the wrong shape, tensors on different devices.
+        NotImplementedError: a dtype that is not floating. TypeError: momentum is not a number.
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015; torch.nn.functional.batch_norm for the running statistics.
     """
-    checks.normalised(x, running_mean, running_var, weight, bias, residual, training, act, eps, op="bn_act")
+    checks.normalised(x, running_mean, running_var, weight, bias, residual, training, act, eps, momentum, op="bn_act")
     statistics = (None, None) if training else (running_mean, running_var)
     y, mean, var = _forward(x, weight, bias, *statistics, residual, training, eps, act == "relu")
     if training:
@@ -79,6 +80,8 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor, *_):
     x, y, weight, bias, mean, var = ctx.saved_tensors
     wants = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
+    residual = wants[3]
+    wants[3] = residual and ctx.relu  # without ReLU it is dy itself, and an operator may not return its input
     # A graph of the gradient is wanted: torch's own backward operators can be differentiated again, ours cannot.
     formula = eager.bwd if torch.is_grad_enabled() else _gradient
     dx, dweight, dbias, dresidual = formula(dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, ctx.relu, wants)
@@ -88,7 +91,7 @@ def _backward(ctx, dy: Tensor, *_):
         dbias.to(bias.dtype) if wants[2] else None,
         None,
         None,
-        dresidual.to(ctx.residual_dtype) if wants[3] else None,
+        (dresidual if ctx.relu else dy).to(ctx.residual_dtype) if residual else None,
         None,
         None,
         None,

@@ -30,7 +30,8 @@ def conv2d(
     Cost:
         2 N P Q K R S C / groups flops; x, weight read once and y written once at best. Saved for backward: x, weight.
     Raises:
-        ValueError, RuntimeError: shapes that do not fit together (the message has both), an empty output, integer x.
+        RuntimeError: shapes that do not fit together (the message has both), an empty output, several dtypes or devices.
+        NotImplementedError: a dtype that is not floating. TypeError: a stride, padding or dilation that is not of ints.
     Source:
         torch.nn.functional.conv2d, whose values and argument order these are.
     """

@@ -1,4 +1,4 @@
-"""conv_bn_act by the convolution oneDNN fuses inside torch: folded weights, residual and ReLU in its epilogue.
+"""conv_bn_act by the convolution oneDNN fuses inside torch: folded weights, residual in its epilogue.
 
 `torch.ops.mkldnn._convolution_pointwise` is private to torch: it is probed and tested once before it may be chosen.
 """
@@ -65,13 +65,13 @@ def fwd(
     folded = (weight * scale[:, None, None, None]).to(weight.dtype)
     shift = shift.to(weight.dtype)
     x = common.channels_last(x)
-    attribute = "relu" if relu else "none"
     pointwise = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
-        y = pointwise(x, folded, shift, padding, stride, dilation, groups, attribute, [], "")
+        y = pointwise(x, folded, shift, padding, stride, dilation, groups, "none", [], "")
     else:
         residual = common.channels_last(residual)
         y = pointwise.binary(
-            x, residual, folded, shift, padding, stride, dilation, groups, "add", 1.0, "relu" if relu else None, [], ""
+            x, residual, folded, shift, padding, stride, dilation, groups, "add", 1.0, None, [], ""
         )
-    return common.as_output(y)
+    # Not as oneDNN's epilogue, which turns NaN into 0; in place, while y is still near.
+    return common.as_output(y.relu_() if relu else y)

@@ -55,16 +55,12 @@ def conv_bn_act(
     )
     channels = weight.shape[0]
     checks.activation(act, "conv_bn_act")
-    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
-        if t is None:
-            raise ValueError(f"conv_bn_act: {name} is wanted when not training, got None")
+    checks.known_statistics(running_mean, running_var, training, "conv_bn_act")
+    checks.positive_eps(eps, training, "conv_bn_act")
+    vectors = {"running_mean": running_mean, "running_var": running_var, "bn_weight": bn_weight, "bn_bias": bn_bias}
+    for name, t in vectors.items():
         common.check_vector("conv_bn_act", name, t, channels)
-    common.check_vector("conv_bn_act", "bn_weight", bn_weight, channels)
-    common.check_vector("conv_bn_act", "bn_bias", bn_bias, channels)
-    common.check_same_device(
-        "conv_bn_act", x=x, running_mean=running_mean, running_var=running_var, bn_weight=bn_weight, bn_bias=bn_bias,
-        residual=residual,
-    )  # fmt: skip
+    common.check_same_device("conv_bn_act", x=x, **vectors, residual=residual)
     if residual is not None:
         checks.residual_like(residual, common.convolution_shape(x, weight, stride, padding, dilation), "conv_bn_act")
     statistics = (bn_weight, bn_bias, running_mean, running_var)
@@ -83,15 +79,14 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor):
     # Whoever calls the operator itself with gradients on has kept nothing but the inputs: the eager room is run again.
+    again = torch.is_grad_enabled()  # a graph of the gradient is wanted
     with torch.enable_grad():
-        tensors = [
-            None if t is None else t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, ctx.needs_input_grad)
-        ]
-        if torch.is_grad_enabled() and dy.requires_grad:
-            tensors = list(ctx.saved_tensors)
+        tensors = list(ctx.saved_tensors)
+        if not again:
+            tensors = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, ctx.needs_input_grad)]
         y = eager.fwd(*tensors, ctx.eps, ctx.relu, ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
         wanted = [t for t, n in zip(tensors, ctx.needs_input_grad) if n]
-        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=dy.requires_grad))
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
     return (*(next(grads) if n else None for n in ctx.needs_input_grad[:8]), *(None,) * 6)
 
 

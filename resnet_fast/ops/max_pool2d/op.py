@@ -29,7 +29,8 @@ def max_pool2d(
         x read once, y written once. Saved for backward: the place of the maximum in its window, one byte per output.
         Windows of more than 255 places are left to torch.nn.functional.max_pool2d.
     Raises:
-        ValueError: x is not four-dimensional. RuntimeError: padding above half the window, an empty output, integer x.
+        RuntimeError: x is not four-dimensional, padding above half the window, an empty output.
+        NotImplementedError: a dtype that is not floating. TypeError: a window that is not of ints.
     Source:
         torch.nn.functional.max_pool2d, whose values and argument order these are.
     """

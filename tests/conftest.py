@@ -1,0 +1,94 @@
+"""Fixtures for every test: a cache folder of its own, fresh random inputs that can be repeated, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import zlib
+
+import pytest
+import torch
+
+from resnet_fast import _choices
+from resnet_fast.testing import rooms
+
+_folder = tempfile.TemporaryDirectory(prefix="resnet_fast-tests-")
+os.environ["RESNET_FAST_CACHE"] = _folder.name  # before any test, and for the processes tests start
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=None, help="repeat a run's random inputs (default: fresh ones)")
+
+
+def pytest_configure(config):
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_report_header(config):
+    return f"random inputs: --seed {config.option.seed}"
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Inputs differ from run to run; a failing test prints how to get its own again, alone or in any order."""
+    seed = zlib.crc32(f"{request.config.option.seed} {request.node.nodeid}".encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+    print(f"inputs of this test: --seed {request.config.option.seed}")
+    return seed
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder for this test alone, with nothing known yet."""
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(_choices, "_known", None)
+    monkeypatch.setattr(_choices, "_fresh", {})
+    return tmp_path
+
+
+@pytest.fixture
+def poisoned():
+    """Every torch.empty comes filled with NaN (integers: their largest), so that what a kernel leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def threads():
+    """Set torch's thread count in a test; it is put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def pytest_generate_tests(metafunc):
+    """Operator tests (classes with `op`) run over every room, each in its main dtypes, and over the class's cases."""
+    op = getattr(metafunc.cls, "op", None)
+    if op is None:
+        return
+    if "room" in metafunc.fixturenames:
+        names = rooms.rooms(op)
+        if "dtype" in metafunc.fixturenames:
+            pairs = [(room, dtype) for room in names for dtype in rooms.MAIN_DTYPES[room]]
+            metafunc.parametrize("room, dtype", [_room(op, r, d) for r, d in pairs])
+        else:
+            metafunc.parametrize("room", [_room(op, r) for r in names])
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", list(metafunc.cls.cases.values()), ids=list(metafunc.cls.cases))
+
+
+def _room(op, room, *values):
+    reason = rooms.cannot_run(op, room)
+    marks = [pytest.mark.skipif(True, reason=reason)] if reason else []
+    if room in ("cuda", "triton"):
+        marks.append(pytest.mark.gpu) if rooms.device(room) == "cuda" else None
+    return pytest.param(room, *values, marks=marks, id="-".join([room, *(str(v)[6:] for v in values)]))

@@ -1,0 +1,443 @@
+"""What every operator must do, in every room: one class, which each operator's test file fills with its cases."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fast import backends
+from resnet_fast.testing import check, rooms
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+def like(t: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "contiguous":
+        return t.contiguous()
+    if layout == "channels_last":
+        return t.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":  # out of a larger tensor, with steps: no two neighbours are neighbours in memory
+        n, c, h, w = t.shape
+        big = torch.full((2 * n, c + 3, h + 2, 2 * w + 1), float("nan"), dtype=t.dtype)
+        part = big[::2, 1 : c + 1, 1 : h + 1, 1::2]
+        part.copy_(t)
+        return part
+    if layout == "transposed":
+        return t.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "batch last":
+        return t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    raise ValueError(layout)
+
+
+LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "batch last")
+
+
+@contextmanager
+def using(room: str, must: bool = False):
+    """Force a room. It may refuse with its sentence, and the test is skipped with it, unless it must take the case."""
+    with backends.use_backend(room):
+        try:
+            yield
+        except RuntimeError as error:
+            if must or not str(error).startswith("resnet_fast: backend"):
+                raise
+            pytest.skip(str(error))
+
+
+def door(op: str, room: str, name: str) -> bool:
+    """Whether a room has a door at all."""
+    return hasattr(backends.room(op, room), name)
+
+
+@pytest.mark.usefixtures("poisoned")
+class Contract:
+    """The tests every operator passes.
+
+    A subclass gives `op`, `cases` (name: settings), `core` (names of cases no room may refuse in its main dtypes),
+    `wants` (the differentiable inputs), `make`, `ours`, `plain` and, where there is a ReLU or a maximum, `kink`.
+    """
+
+    op: ClassVar[str]
+    cases: ClassVar[dict[str, Any]]
+    core: ClassVar[tuple[str, ...]]
+    wants: ClassVar[tuple[str, ...]]
+    small: ClassVar[str]  # a case small enough for finite differences
+    uses: ClassVar[tuple[str, ...]] = ()  # operators that carry the gradients, where they are not the operator itself
+    kink = None
+
+    def make(self, case: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """Fresh random inputs of a case."""
+        raise NotImplementedError
+
+    def ours(self, **inputs: Any) -> Any:
+        """Our operator."""
+        raise NotImplementedError
+
+    def plain(self, **inputs: Any) -> Any:
+        """The same in plain torch."""
+        raise NotImplementedError
+
+    def must(self, case: Any, room: str, *doors: str) -> bool:
+        """Whether a room may not refuse a case: a core case, and it has the doors."""
+        return any(case is self.cases[name] for name in self.core) and all(
+            door(op, room, name) for op in self.uses or (self.op,) for name in doors
+        )
+
+    def given(self, inputs: dict[str, Any]) -> list[str]:
+        """The differentiable inputs a case has."""
+        return [name for name in self.wants if inputs.get(name) is not None]
+
+    # ---- values and gradients
+
+    def test_values(self, room, dtype, case):
+        with using(room, self.must(case, room, "fwd")), torch.no_grad():
+            check.compare(self.ours, self.plain, lambda: self.make(case, dtype))
+
+    def test_gradients(self, room, dtype, case):
+        wants = self.given(self.make(case, dtype))
+        with using(room, self.must(case, room, "fwd", "bwd")):
+            check.compare(self.ours, self.plain, lambda: self.make(case, dtype), wants, self.kink)
+
+    def smooth(self) -> tuple[dict[str, Any], list[str]]:
+        """A small float64 case whose ReLU or maximum is far from its kink, for finite differences."""
+        for _ in range(200):
+            inputs = self.make(self.cases[self.small], torch.float64)
+            if self.kink is None or self.kink(**inputs).abs().min() > 1e-3:
+                return inputs, self.given(inputs)
+        raise AssertionError("no inputs away from the kink in 200 draws")
+
+    def test_gradcheck(self):
+        inputs, names = self.smooth()
+        leaves = [inputs[name].requires_grad_() for name in names]
+
+        def function(*values):
+            y = self.ours(**inputs | dict(zip(names, values, strict=True)))
+            return y[0] if isinstance(y, tuple) else y
+
+        with backends.use_backend("eager"):
+            assert torch.autograd.gradcheck(function, leaves)
+            assert torch.autograd.gradgradcheck(function, leaves)
+
+    def test_requires_grad_subsets(self, room):
+        """Every subset of the inputs gets the gradients that all of them together get; none other is touched."""
+        inputs = self.make(self.cases[self.core[0]], torch.float32)
+        names = self.given(inputs)
+        with using(room):
+            every = check.run(self.ours, inputs, names)
+            for size in range(1, len(names)):
+                for some in itertools.combinations(names, size):
+                    for name, got in check.run(self.ours, inputs, some).items():
+                        torch.testing.assert_close(got, every[name], rtol=1e-5, atol=1e-5, msg=f"{some}: {name}")
+
+    def test_no_gradient_wanted(self, room):
+        inputs = self.make(self.cases[self.core[0]], torch.float32)
+        with using(room):
+            y = self.ours(**inputs)
+            assert not (y[0] if isinstance(y, tuple) else y).requires_grad
+            inputs[self.wants[0]].requires_grad_()
+            with torch.no_grad():
+                y = self.ours(**inputs)
+            assert not (y[0] if isinstance(y, tuple) else y).requires_grad
+            with torch.inference_mode():
+                self.ours(**inputs)
+
+    # ---- layouts
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layouts(self, room, layout):
+        """Any layout in; channels_last out, and each gradient in the layout of its tensor where that is dense."""
+        case = self.cases[self.core[0]]
+        inputs = self.make(case, torch.float32)
+        for name, t in inputs.items():
+            if isinstance(t, Tensor) and t.dim() == 4:
+                inputs[name] = like(t, layout)
+        names = self.given(inputs)
+        with using(room):
+            check.compare(self.ours, self.plain, lambda: inputs, names, self.kink)
+            for name in names:
+                inputs[name] = inputs[name].detach().requires_grad_()
+            y = self.ours(**inputs)
+            y = y[0] if isinstance(y, tuple) else y
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            y.sum().backward()  # an expanded dy: all strides 0
+            x = inputs[self.wants[0]]
+            if layout in ("contiguous", "channels_last"):
+                assert x.grad.stride() == x.stride()
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layout_of_dy(self, room, layout):
+        inputs = self.make(self.cases[self.core[0]], torch.float32)
+        names = self.given(inputs)
+        with using(room):
+            y = self.ours(**inputs)
+            dy = torch.randn_like(y[0] if isinstance(y, tuple) else y)
+            dense = check.run(self.ours, inputs, names, dy)
+            other = check.run(self.ours, inputs, names, like(dy, layout))
+        for name in dense:
+            torch.testing.assert_close(other[name], dense[name], rtol=1e-5, atol=1e-5)
+
+    def test_expanded_inputs(self, room):
+        """One image, expanded to a batch by a stride of 0."""
+        inputs = self.make(self.cases[self.core[0]], torch.float32)
+        x = inputs[self.wants[0]]
+        inputs[self.wants[0]] = x[:1].expand_as(x)
+        with using(room):
+            check.compare(self.ours, self.plain, lambda: inputs, self.given(inputs), self.kink)
+
+    # ---- torch's own subsystems
+
+    def test_opcheck(self):
+        """Schema, fake and autograd registration agree with what the operator does."""
+        calls = []
+        packet = getattr(torch.ops.resnet_fast, self.op)
+
+        class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function.namespace == "resnet_fast":
+                    calls.append((function, args))
+                return function(*args, **(kwargs or {}))
+
+        inputs = self.make(self.cases[self.core[0]], torch.float32)
+        leaves = {k: v.requires_grad_() if k in self.given(inputs) else v for k, v in inputs.items()}
+        with backends.use_backend("eager"):
+            with Spy():
+                y = self.ours(**leaves)
+                (y[0] if isinstance(y, tuple) else y).square().sum().backward()
+                with torch.no_grad():
+                    self.ours(**inputs)
+            assert any(function.overloadpacket is packet for function, _ in calls), "the operator was not called"
+            for function, args in calls:
+                fresh = [_fresh(a, function) for a in args]
+                torch.library.opcheck(function, fresh)
+
+    def test_meta(self):
+        """Meta tensors go through the fake, and it tells shape, dtype and strides as the operator gives them."""
+        for dtype, case in itertools.product((torch.float32, torch.bfloat16), self.cases.values()):
+            inputs = self.make(case, dtype)
+            meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            with torch.no_grad(), backends.use_backend("eager"):
+                real, fake = self.ours(**inputs), self.ours(**meta)
+            for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (real, fake)), strict=True):
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+    @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+    def test_compile(self, compiler):
+        """torch.compile takes forward and backward as one graph."""
+        torch.use_deterministic_algorithms(False)
+        torch._dynamo.reset()
+        inputs = self.make(self.cases[self.core[0]], torch.float32)
+        names = self.given(inputs)
+        with backends.use_backend("eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = torch.compile(self.ours, fullgraph=True, backend=compiler)
+            expected = check.run(self.ours, inputs, names)
+            for name, got in check.run(compiled, inputs, names).items():
+                torch.testing.assert_close(got, expected[name], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+    @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=["x float32", "x bfloat16"])
+    def test_autocast(self, dtype, given):
+        """The output's dtype and every gradient's are eager's; so are the values."""
+        if given is torch.bfloat16 and dtype is torch.float16:
+            pytest.skip("bfloat16 activations under float16 autocast: nobody's recipe")
+
+        def autocast(function):
+            def call(**inputs):
+                with torch.autocast("cpu", dtype):
+                    return function(**inputs)
+
+            return call
+
+        def make():
+            inputs = self.make(self.cases[self.core[0]], torch.float32)
+            x = self.wants[0]
+            return inputs | {x: inputs[x].to(given)}
+
+        names = self.given(make())
+        for training in (False, True):
+            check.compare(autocast(self.ours), autocast(self.plain), make, names if training else (), self.kink)
+
+    def test_func_transforms_refused(self):
+        """torch.func cannot differentiate operators of torch.library.register_autograd: an error, never a wrong number."""
+        inputs = self.make(self.cases[self.core[0]], torch.float32)
+        x = self.wants[0]
+
+        def total(t):
+            y = self.ours(**inputs | {x: t})
+            return (y[0] if isinstance(y, tuple) else y).square().sum()
+
+        with backends.use_backend("eager"), pytest.raises(RuntimeError, match="functorch"):
+            torch.func.grad(total)(inputs[x])
+
+    # ---- NaN, infinities, empty batches
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e20], ids=["nan", "inf", "-inf", "1e20"])
+    def test_nonfinite(self, room, dtype, value):
+        """NaN, infinities and huge numbers come out where eager has them, in every input in turn."""
+        if dtype is torch.float16 and value == 1e20:
+            pytest.skip("1e20 is an infinity in float16")
+        for name in self.given(self.make(self.cases[self.core[0]], dtype)):
+            inputs = self.make(self.cases[self.core[0]], dtype)
+            t = inputs[name].clone(memory_format=torch.preserve_format)
+            t[(t.shape[0] // 2,) + (0,) * (t.dim() - 1)] = value
+            inputs[name] = t
+            with using(room), torch.no_grad():
+                actual, eager = (f(**inputs) for f in (self.ours, self.plain))
+            actual, eager = (y[0] if isinstance(y, tuple) else y for y in (actual, eager))
+            where = f"{value} in {name}"
+            assert torch.equal(actual.isnan(), eager.isnan()), f"{where}: NaN in other places than eager"
+            assert torch.equal(actual.isinf(), eager.isinf()), f"{where}: infinities in other places than eager"
+            finite = eager.isfinite()
+            if finite.any():
+                torch.testing.assert_close(actual[finite], eager[finite], rtol=0.05, atol=0.05 * _size(eager[finite]))
+
+    def test_nan_in_dy(self, room):
+        inputs = self.make(self.cases[self.core[0]], torch.float32)
+        names = self.given(inputs)
+        with using(room):
+            y = self.ours(**inputs)
+            dy = torch.randn_like(y[0] if isinstance(y, tuple) else y)
+            dy[0, 0, 0, 0], dy[-1, -1, -1, -1] = float("nan"), float("inf")
+            found = check.run(self.ours, inputs, names, dy)
+        expected = check.run(self.plain, inputs, names, dy)
+        for name in expected:
+            assert torch.equal(found[name].isfinite(), expected[name].isfinite()), name
+
+    # ---- repeatability
+
+    def test_repeats(self, room):
+        """Twenty repeats, the same bits, forward and backward."""
+        inputs = self.make(self.cases[self.core[-1]], torch.float32)
+        names = self.given(inputs)
+        with using(room):
+            first = check.run(self.ours, inputs)
+            try:
+                first |= check.run(self.ours, inputs, names)
+            except RuntimeError as error:
+                assert str(error).startswith("resnet_fast: backend")
+                names = []
+            for _ in range(20):
+                again = check.run(self.ours, inputs, names)
+                assert all(torch.equal(again[k], first[k]) for k in again)
+
+    def test_threads(self, room, dtype, threads):
+        """The same bits for any number of threads: a partition never changes the order of one output's arithmetic."""
+        if room in ("eager", "onednn"):
+            pytest.skip("torch's own kernels make no such promise")
+        case = self.cases[self.core[-1]]
+        inputs = self.make(case, dtype)
+        with using(room, self.must(case, room, "fwd")), torch.no_grad():
+            threads(1)
+            one = check.run(self.ours, inputs)
+            for count in (2, 3, 7, 16):
+                threads(count)
+                for name, got in check.run(self.ours, inputs).items():
+                    assert torch.equal(got, one[name]), f"{name} with {count} threads"
+
+    def test_python_threads(self, room):
+        """Four Python threads at once, each with its own inputs."""
+        case = self.cases[self.core[-1]]
+        inputs = [self.make(case, torch.float32) for _ in range(4)]
+        names = self.given(inputs[0])
+
+        def both(given):
+            found = check.run(self.ours, given)
+            try:
+                found |= check.run(self.ours, given, names)
+            except RuntimeError as error:
+                if not str(error).startswith("resnet_fast: backend"):
+                    raise
+            return found
+
+        with using(room):
+            expected = [both(i) for i in inputs]
+        found: list[Any] = [None] * 4
+
+        def work(i):
+            try:
+                with backends.use_backend(room):
+                    for _ in range(5):
+                        found[i] = both(inputs[i])
+            except BaseException as error:
+                found[i] = error
+
+        workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for w in workers:
+            w.start()
+        for w in workers:
+            w.join(120)
+            assert not w.is_alive(), "a thread hangs"
+        for got, want in zip(found, expected, strict=True):
+            if isinstance(got, BaseException):
+                raise got
+            for name in want:
+                torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
+
+    def test_forked_worker(self, room):
+        """A DataLoader worker is forked after this process has run parallel regions, and must not hang."""
+        case = self.cases[self.core[-1]]
+        inputs = self.make(case, torch.float32)
+        with using(room), torch.no_grad():
+            expected = check.run(self.ours, inputs)["output 0"]
+            loader = torch.utils.data.DataLoader(_Forked(self, room, inputs), num_workers=1, timeout=60)
+            (got,) = list(loader)
+        torch.testing.assert_close(got[0], expected, rtol=1e-5, atol=1e-5)
+
+
+class _Forked(torch.utils.data.Dataset):
+    """One item: the operator's output, computed in the worker."""
+
+    def __init__(self, contract: Contract, room: str, inputs: dict[str, Any]) -> None:
+        self.contract, self.room, self.inputs = contract, room, inputs
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Tensor:
+        with backends.use_backend(self.room), torch.no_grad():
+            return check.run(self.contract.ours, self.inputs)["output 0"]
+
+
+def _fresh(a: Any, function: Any) -> Any:
+    """An argument for opcheck: a leaf that requires a gradient where the operator has one."""
+    if not isinstance(a, Tensor):
+        return a
+    backward = function.overloadpacket._qualified_op_name.endswith("_backward")
+    return a.detach().clone(memory_format=torch.preserve_format).requires_grad_(a.requires_grad and not backward)
+
+
+def _size(t: Tensor) -> float:
+    return float(t.abs().max())
+
+
+def outcome(function, *args: Any, **kwargs: Any) -> BaseException | Any:
+    """What a call returns or raises."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        return error
+
+
+def refused_as_eager(ours, plain, *, wants: str) -> None:
+    """Both raise; a handler written for eager's exception catches ours, and our sentence has these words."""
+    mine, theirs = outcome(ours), outcome(plain)
+    assert isinstance(theirs, Exception), f"eager does not refuse this: {theirs}"
+    assert isinstance(mine, type(theirs)), f"eager raises {type(theirs).__name__}, ours: {type(mine).__name__}: {mine}"
+    refused(mine, wants)
+
+
+def refused(error: Any, wants: str) -> None:
+    """An exception whose sentence says what came and what was wanted."""
+    assert isinstance(error, Exception), f"not refused: {error}"
+    assert wants in str(error), f"the message wants {wants!r}: {error}"
+
+
+assert rooms.operators(), "no operator was found"
