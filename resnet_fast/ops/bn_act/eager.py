@@ -74,7 +74,7 @@ def bwd(
             common.as_output(dy.clone()) if wants[3] else none.clone(),
         )
     weight, bias, mean, var = [_wide(t, x) for t in (weight, bias, mean, var)]
-    rstd = (var + eps).rsqrt()
+    rstd = (var.double() + eps).rsqrt().to(var.dtype)  # one rounding, as torch's own
     if relu:
         if y is None:
             y = aten.native_batch_norm(x.detach(), weight, bias, mean, var, False, 0.0, eps)[0]
