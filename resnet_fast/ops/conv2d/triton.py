@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -112,10 +113,76 @@ def forward_geometry(x: Tensor, weight: Tensor, size, stride, padding, dilation,
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Stem:
+    """A convolution on an RGB image seen as one on `pixels` neighbouring pixels of four channels each."""
+
+    pixels: int
+    lead: int
+    taps: int
+    padding: list[int]
+    stride: list[int]
+
+    @staticmethod
+    def of(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Stem | None:
+        """How to see this convolution so, None where it is not one on an RGB image."""
+        s = weight.shape[3]
+        if x.shape[1] != 3 or groups != 1 or dilation[1] != 1 or s == 1:
+            return None
+        pixels = 2 if x.element_size() == 2 and stride[1] % 2 == 0 and x.shape[3] % 2 == 0 else 1
+        start = -(-padding[1] // pixels)
+        lead = start * pixels - padding[1]
+        taps = -(-(lead + s) // pixels)
+        if taps * pixels * 4 > RUN_VALUES:
+            return None
+        return Stem(pixels, lead, taps, [padding[0], start], [stride[0], stride[1] // pixels])
+
+    def image(self, x: Tensor) -> Tensor:
+        """x with a fourth channel of zeros and neighbouring pixels joined."""
+        from resnet_fast.ops.conv2d.triton_stem import pad_image
+
+        n, c, h, w = x.shape
+        if x.stride(2) != x.stride(3) * w:
+            x = common.channels_last(x)
+        out = x.new_empty(n, h, w // self.pixels, 4 * self.pixels)
+        args = dict(
+            out_ptr=out,
+            x_ptr=x,
+            n=n * h * w,
+            STRIDE_N=x.stride(0),
+            STRIDE_C=x.stride(1),
+            STRIDE_P=x.stride(3),
+            PIXELS=h * w,
+        )
+        rooms.launch(pad_image, (-(-n * h * w // 512),), args, dict(C=c, BLOCK=512))
+        return out.permute(0, 3, 1, 2)
+
+    def filters(self, weight: Tensor) -> Tensor:
+        """The filters for that image."""
+        from resnet_fast.ops.conv2d.triton_stem import pad_filters
+
+        k, c, r, s = weight.shape
+        out = weight.new_empty(k, r, self.taps, 4 * self.pixels)
+        strides = dict(zip(("STRIDE_K", "STRIDE_C", "STRIDE_R", "STRIDE_S"), weight.stride()))
+        constants = dict(C=c, R=r, S=s, LEAD=self.lead, WIDTH=self.taps * self.pixels, BLOCK=512)
+        args = dict(out_ptr=out, w_ptr=weight, n=out.numel()) | strides
+        rooms.launch(pad_filters, (-(-out.numel() // 512),), args, constants)
+        return out.permute(0, 3, 1, 2)
+
+    def gradient(self, dw: Tensor, weight: Tensor) -> Tensor:
+        """The filters' gradient out of the joined filters'."""
+        k, c, r, s = weight.shape
+        columns = dw.permute(0, 2, 3, 1).reshape(k, r, self.taps * self.pixels, 4)
+        return columns[:, :, self.lead : self.lead + s, :c].permute(0, 3, 1, 2).contiguous()
+
+
 def forward(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, out: Tensor, epilogue, relu) -> None:
     """out = act(epilogue(conv(x)))."""
-    x, weight = common.channels_last(x), krsc(weight)
     n, _, p, q = out.shape
+    stem = Stem.of(x, weight, stride, padding, dilation, groups)
+    if stem is not None:
+        x, weight, stride, padding = stem.image(x), stem.filters(weight), stem.stride, stem.padding
+    x, weight = common.channels_last(x), krsc(weight)
     geometry = forward_geometry(x, weight, (p, q), stride, padding, dilation, groups)
     rows = n * p * q
 
@@ -195,12 +262,20 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dila
     """dw, contiguous: partial sums over slices of the pixels, added in a fixed order."""
     from resnet_fast.ops.conv2d.triton_wgrad import conv_weight_gradient, sum_weight_parts
 
+    stem = Stem.of(x, weight, stride, padding, dilation, groups)
+    if stem is not None:
+        dw = weight_gradient(
+            dy, stem.image(x), weight.new_empty(1).expand(weight.shape[0], 4 * stem.pixels, weight.shape[2], stem.taps),
+            stem.stride, stem.padding, dilation, 1,
+        )  # fmt: skip
+        return stem.gradient(dw, weight)
     (_, c, h, w), (k, cg, r, s) = x.shape, weight.shape
     n, _, p, q = dy.shape
     kg, m = k // groups, n * p * q
     run = groups == 1 and dilation[1] == 1 and s > 1 and cg < 16 and s * cg <= RUN_VALUES
     mode = precision(x)
     ieee = x.dtype == torch.float32 and mode == "ieee"
+    x = common.channels_last(x)
     taps = 3 if s == 3 and not run and not ieee else 1
     parts = r if run else r * s // taps
     dw = weight.new_empty(weight.shape)
@@ -245,7 +320,7 @@ def bwd(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, dbias as far as wanted (empty where not)."""
-    dy, x = common.channels_last(dy), common.channels_last(x)
+    dy = common.channels_last(dy)
     geometry = (stride, padding, dilation, groups)
     none = x.new_empty(0)
     return (

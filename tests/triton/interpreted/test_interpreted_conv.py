@@ -9,7 +9,7 @@ from resnet_fast import functional
 from resnet_fast.backends import use_backend
 from resnet_fast.ops.conv2d.triton_tiles import Tile, use
 
-QUICK = list(zip(GEOMETRIES, FLOATS * 6))  # each geometry once, the dtypes in turn
+QUICK = list(zip(GEOMETRIES, FLOATS * 7))  # each geometry once, the dtypes in turn
 
 
 @pytest.mark.parametrize("name, dtype", QUICK)
