@@ -1,0 +1,55 @@
+"""Small networks train three steps with every operator in the triton room, as they do with every operator eager."""
+
+import copy
+
+import pytest
+import torch
+
+from resnet_fast import backends, nn
+from resnet_fast.models.cifar import CifarResNet
+
+
+class Bottlenecks(torch.nn.Module):
+    """An RGB stem, max pooling, two bottlenecks (one strides and projects) and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.ConvBNAct(3, 16, 7, stride=2, padding=3)
+        self.pool = torch.nn.MaxPool2d(3, 2, 1)
+        down = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 1, stride=2, bias=False), torch.nn.BatchNorm2d(32))
+        self.blocks = torch.nn.Sequential(nn.Bottleneck(16, 8, stride=2, downsample=down), nn.Bottleneck(32, 8))
+        self.fc = torch.nn.Linear(32, 5)
+
+    def forward(self, x):
+        """Logits."""
+        x = nn.fused.max_pool(self.stem(x), self.pool)
+        return self.fc(self.blocks(x).mean((2, 3)))
+
+
+def train(model, backend, images, labels):
+    """Three steps of SGD; the losses, and the operators that ran."""
+    model, losses = copy.deepcopy(model).to(memory_format=torch.channels_last), []
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with backends.use_backend(backend), backends.record() as events:
+        for _ in range(3):
+            optimiser.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.detach())
+    return model, torch.stack(losses), events
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("make", [lambda: CifarResNet(8, num_classes=5), Bottlenecks], ids=["basic", "bottleneck"])
+def test_training(make):
+    torch.manual_seed(0)
+    model = make().train()
+    images = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
+    labels = torch.tensor([1, 3])
+    ours, losses, events = train(model, "triton", images, labels)
+    theirs, expected, _ = train(model, "eager", images, labels)
+    assert events and {room for _, _, room in events} == {"triton"}
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
