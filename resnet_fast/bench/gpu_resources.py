@@ -206,13 +206,14 @@ def elementwise_launches(c: int, h: int, dtype: torch.dtype) -> list[Launch]:
     return record(run)
 
 
-def all_launches() -> Iterator[tuple[str, str, Launch]]:
-    """(problem, dtype, launch) of the whole table, each compiled kernel once."""
+def all_launches(target: int | str) -> Iterator[tuple[str, str, Launch]]:
+    """(problem, dtype, launch) of the whole table for a target, each compiled kernel once."""
     seen = set()
     for dtype in (torch.bfloat16, torch.float32):
         cases = [(f"{c}@{h}", elementwise_launches(c, h, dtype)) for c, h in ((64, 56), (2048, 7))]
         layers = LAYERS if dtype == torch.bfloat16 else (LAYERS[0], LAYERS[4], LAYERS[7])
-        cases += [(layer[0], convolution_launches(layer, dtype)) for layer in layers]
+        with triton_tiles.architecture(0 if isinstance(target, str) else target):
+            cases += [(layer[0], convolution_launches(layer, dtype)) for layer in layers]
         for problem, launches in cases:
             for launch in launches:
                 if launch.key() not in seen:
@@ -238,12 +239,13 @@ def main() -> None:
     faults = 0
     with open(options.out, "w", newline="") as file:
         table = None
-        for problem, dtype, launch in all_launches():
-            if options.only not in problem:
-                continue
-            for target in options.targets:
-                found = resources(compile_for(launch, int(target) if target.isdigit() else target))
-                row = dict(kernel=launch.name, problem=problem, dtype=dtype, target=target, tile=tile_of(launch))
+        for name in options.targets:
+            target = int(name) if name.isdigit() else name
+            for problem, dtype, launch in all_launches(target):
+                if options.only not in problem:
+                    continue
+                found = resources(compile_for(launch, target))
+                row = dict(kernel=launch.name, problem=problem, dtype=dtype, target=name, tile=tile_of(launch))
                 row |= dict(warps=launch.warps, stages=launch.stages) | found
                 if table is None:
                     table = csv.DictWriter(file, row)
@@ -252,7 +254,7 @@ def main() -> None:
                 file.flush()
                 if found["spills"]:
                     faults += 1
-                    print(f"spills: {row}")
+                    print(f"spills: {row}", flush=True)
     print(f"{options.out} written; {faults} kernels spill")
 
 

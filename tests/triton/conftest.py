@@ -17,6 +17,13 @@ if not INTERPRETED:
     collect_ignore = ["interpreted"]
 
 
+def pytest_collection_modifyitems(items):
+    """The long half stays out of `make test`, which leaves out what is slow."""
+    for item in items:
+        if item.get_closest_marker("proof"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def poison():
     """Fill `torch.empty` with NaN: what a kernel leaves unwritten shows."""

@@ -49,7 +49,7 @@ def every_tile(bytes_, ieee=False):
     found = set()
     for n in (64, 128, 512):
         for m in (256, 6272, 200704):
-            found |= set(gemm_tiles(m, n, 4608, 512, bytes_, ieee, 108, 1))
+            found |= set(gemm_tiles(m, n, 4608, 512, bytes_, ieee, 108, 1, 80))
     return sorted(found, key=str)
 
 

@@ -97,7 +97,7 @@ def _candidates(source: Tensor, rows: int, geometry: dict[str, int], groups: int
     sum_length = geometry["U"] * geometry["V"] * geometry["CG"]
     return tiles.gemm_tiles(
         rows, geometry["NG"], sum_length, geometry["CG"], source.element_size(), ieee,
-        rooms.multiprocessors(source.device), groups,
+        rooms.multiprocessors(source.device), groups, tiles.architecture_of(source.device),
     )  # fmt: skip
 
 

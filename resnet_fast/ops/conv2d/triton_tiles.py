@@ -1,8 +1,9 @@
 """Tiles of the Triton convolutions: which are sensible for a problem, and which is fastest on the card at hand.
 
-The table comes from compiled code (registers, spills, instructions per matrix instruction for sm_80, 90, 100); the order
-is a heuristic. On a GPU the first tiles are timed at first sight of a problem and the fastest is kept with the other
-measured choices; with RESNET_FAST_TUNE=0, under graph capture and without a GPU it is the first.
+The table comes from compiled code (registers, spills, instructions per matrix instruction for sm_80, 90, 100); 256 x 128
+has fewer instructions still on sm_100, but its fused epilogue spills. The order is a heuristic. On a GPU the first tiles
+are timed at first sight of a problem and the fastest is kept with the other measured choices; with RESNET_FAST_TUNE=0,
+under graph capture and without a GPU it is the first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +36,9 @@ class Tile:
 
 _forced: Tile | None = None
 _every = False
+_architecture: int | None = None
+#: An A100's, for the order of candidates: flops per second and multiprocessor, bytes per second.
+PEAK_16, PEAK_IEEE, BANDWIDTH = 2.9e12, 0.18e12, 2e12
 _CANDIDATES = 3  # timed per problem: compiling a tile takes seconds
 
 
@@ -60,7 +64,32 @@ def every_candidate() -> Iterator[None]:
         _every = before
 
 
-def gemm_tiles(m: int, n: int, k: int, channels: int, bytes_: int, ieee: bool, sm: int, groups: int) -> list[Tile]:
+@contextmanager
+def architecture(name: int) -> Iterator[None]:
+    """Choose tiles as for a card of this architecture (80, 90, ...; see `architecture_of`), whatever card is here."""
+    global _architecture
+    before, _architecture = _architecture, name
+    try:
+        yield
+    finally:
+        _architecture = before
+
+
+def architecture_of(device: torch.device) -> int:
+    """10 * major + minor of the compute capability; 80 without a card, 0 for AMD's."""
+    if _architecture is not None:
+        return _architecture
+    if device.type != "cuda":
+        return 80
+    if torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def gemm_tiles(
+    m: int, n: int, k: int, channels: int, bytes_: int, ieee: bool, sm: int, groups: int, arch: int
+) -> list[Tile]:
     """Candidates for GEMM_M x GEMM_N x GEMM_K with `channels` summed per tap, best guess first."""
     if ieee:  # no matrix instructions: registers are the limit
         base = [Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2)]
@@ -69,31 +98,34 @@ def gemm_tiles(m: int, n: int, k: int, channels: int, bytes_: int, ieee: bool, s
     else:
         base = [
             Tile(128, 128, 64, 8, 3),
-            Tile(128, 128, 32, 4, 4),
             Tile(128, 64, 64, 4, 3),
             Tile(64, 128, 64, 4, 3),
             Tile(64, 64, 64, 4, 3),
             Tile(128, 32, 64, 4, 3),
         ]
+        if 80 <= arch < 90:  # elsewhere 128 x 128 sums spill in four warps
+            base.insert(1, Tile(128, 128, 32, 4, 4))
     widest = max(16, min(rooms.next_power_of_2(n), 128))
-    tiles = [t for t in base if t.n <= widest] or [base[-1]]
-
-    def waves(t: Tile) -> float:
-        """Relative time: full waves of programs, each as long as its tile is large; small tiles move more data."""
+    fitting = [_fit(t, n, channels, bytes_) for t in base if t.n <= widest] or [_fit(base[-1], n, channels, bytes_)]
+    best: dict[Tile, float] = {}
+    for t in dict.fromkeys(fitting):
         programs = -(-m // t.m) * -(-n // t.n) * groups
-        reuse = 1 + 24 * (1 / t.m + 1 / t.n)
-        return -(-programs // sm) * t.m * t.n * reuse
+        # A split leaves each part eight iterations at least; its float32 parts are written and read.
+        costs = {
+            split: _seconds_at_best(programs * split, t, k / split, bytes_, ieee, sm)
+            + (split > 1) * split * m * n * groups * 8 / BANDWIDTH
+            for split in (1, 2, 3, 4, 6, 8)
+            if split == 1 or k // (split * t.k) >= 8
+        }
+        split = min(costs, key=costs.get)
+        best[replace(t, split=split)] = costs[split]
+    return sorted(best, key=best.get)[:_CANDIDATES]
 
-    tiles.sort(key=waves)
-    tiles = [_fit(t, n, channels, bytes_) for t in tiles]
-    best = tiles[0]
-    programs = -(-m // best.m) * -(-n // best.n) * groups
-    steps = -(-k // best.k)
-    if programs <= sm and steps >= 16:  # few outputs, long sums: split them, at least 8 iterations each
-        split = min(2 * sm // programs, steps // 8, 8)
-        if split > 1:
-            tiles.insert(0, Tile(best.m, best.n, best.k, best.warps, best.stages, split))
-    return list(dict.fromkeys(tiles))[:_CANDIDATES]
+
+def _seconds_at_best(programs: int, t: Tile, depth: float, bytes_: int, ieee: bool, sm: int) -> float:
+    """A model's time: waves of programs, each as long as its tile is large; small tiles load more per product."""
+    flops = PEAK_IEEE if ieee else PEAK_16 if bytes_ == 2 else PEAK_16 / 2
+    return -(-programs // sm) * 2 * t.m * t.n * depth * (1 + 24 / t.m + 24 / t.n) / flops
 
 
 def _fit(t: Tile, n: int, channels: int, bytes_: int) -> Tile:
@@ -112,21 +144,28 @@ def wgrad_tiles(k: int, n: int, pixels: int, parts: int, taps: int, bytes_: int,
     if ieee:
         base = [Tile(32, 32, 16, 4, 2)]
     elif bytes_ == 4:
-        base = [Tile(64, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2)]
+        wide = 64 if taps == 1 else 32  # three float32 sums of 64 x 64 spill on sm_100
+        base = [Tile(64, wide, 32, 4, 2), Tile(32, 32, 32, 4, 2)]
     elif taps == 3:
         base = [Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)]
     else:
         base = [Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3)]
-    tiles = []
+    best: dict[Tile, float] = {}
     for t in base:
         block_m = max(16, min(t.m, rooms.next_power_of_2(k)))
         block_n = max(16, min(t.n, rooms.next_power_of_2(n)))
+        warps = t.warps if block_m * block_n > 4096 else 4
+        t = Tile(block_m, block_n, t.k, warps, t.stages)
         programs = -(-k // block_m) * -(-n // block_n) * parts
-        # Two programs per multiprocessor, eight iterations each at least; the partials stay few.
-        split = max(min(2 * sm // programs, pixels // (8 * t.k)), 1)
-        if not any((block_m, block_n, t.k) == (u.m, u.n, u.k) for u in tiles):
-            tiles.append(Tile(block_m, block_n, t.k, t.warps if block_m * block_n > 4096 else 4, t.stages, split))
-    return tiles[:_CANDIDATES]
+        costs = {}
+        for split in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+            if split == 1 or pixels // (split * t.k) >= 8:
+                # TAPS taps share a program, hence the products of each count so often.
+                costs[split] = _seconds_at_best(programs * split, t, taps * pixels / split, bytes_, ieee, sm)
+                costs[split] += (split > 1) * split * k * n * parts * taps * 8 / BANDWIDTH
+        split = min(costs, key=costs.get)
+        best.setdefault(replace(t, split=split), costs[split])
+    return sorted(best, key=best.get)[:_CANDIDATES]
 
 
 def choose(key: str, tiles: list[Tile], run: Callable[[Tile], None], device: torch.device) -> None:
