@@ -31,8 +31,8 @@ __device__ __forceinline__ void flat(T* out, const T* a, const T* b, int64_t siz
       store<T, V>(out + pack * V, narrow<T, V>(fa));
     }
   }
-#ifdef RF_PLANT_OFF_BY_ONE  // defined by the test that shows an element too many is noticed
-  const int64_t tail = packs * V + threadIdx.x - 1;
+#ifdef RF_PLANT_OFF_BY_ONE  // defined by the test that shows a forgotten element is noticed
+  const int64_t tail = packs * V + threadIdx.x + 1;
 #else
   const int64_t tail = packs * V + threadIdx.x;
 #endif

@@ -1,6 +1,9 @@
 // resnet_fast._cuda: one m.def per line, pointers as integers, no logic. No CUDA header and no torch are needed here.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "kernels.h"
 
@@ -10,6 +13,8 @@ using namespace rf::cuda;
 template <class T = void>
 static T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
 static Target target(int device, uintptr_t stream, int dtype) { return {device, stream, DType(dtype)}; }
+
+static Window window(const std::array<int, 8>& w) { return {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]}; }
 
 // hook(kernel, grid, block, shared, cooperative, arguments) instead of every launch, for the card described; None: launch.
 static void hook_launches(const py::object& hook, int sms, int shared_per_block, int shared_per_sm) {
@@ -29,4 +34,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("bn_act_fits_single", [](int device, uintptr_t stream, int dtype, int64_t rows, int channels) { return bn_act_fits_single(target(device, stream, dtype), rows, channels); });
   m.def("bn_act_inference", [](int device, uintptr_t stream, int dtype, uintptr_t y, uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t mean, uintptr_t var, int64_t rows, int channels, float eps, bool relu) { bn_act_inference(target(device, stream, dtype), {ptr(y), ptr(x), ptr(residual), ptr<float>(gamma), ptr<float>(beta), ptr<float>(mean), ptr<float>(var), nullptr, rows, channels, eps, relu}); });
   m.def("bn_act_training", [](int device, uintptr_t stream, int dtype, uintptr_t y, uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t mean, uintptr_t var, uintptr_t workspace, int64_t rows, int channels, float eps, bool relu, int passes) { bn_act_training(target(device, stream, dtype), {ptr(y), ptr(x), ptr(residual), ptr<float>(gamma), ptr<float>(beta), ptr<float>(mean), ptr<float>(var), ptr<float>(workspace), rows, channels, eps, relu}, Passes(passes)); });
+  m.def("bn_act_backward", [](int device, uintptr_t stream, int dtype, uintptr_t dx, uintptr_t dresidual, uintptr_t dgamma, uintptr_t dbeta, uintptr_t dy, uintptr_t x, uintptr_t y, uintptr_t gamma, uintptr_t beta, uintptr_t mean, uintptr_t var, uintptr_t workspace, int64_t rows, int channels, float eps, bool training, bool relu) { bn_act_backward(target(device, stream, dtype), {ptr(dx), ptr(dresidual), ptr<float>(dgamma), ptr<float>(dbeta), ptr(dy), ptr(x), ptr(y), ptr<float>(gamma), ptr<float>(beta), ptr<float>(mean), ptr<float>(var), ptr<float>(workspace), rows, channels, eps, training, relu}); });
+  m.def("max_pool2d", [](int device, uintptr_t stream, int dtype, uintptr_t y, uintptr_t argmax, uintptr_t x, uintptr_t gamma, uintptr_t beta, uintptr_t mean, uintptr_t var, int64_t images, int height, int width, int channels, int out_height, int out_width, float eps, const std::array<int, 8>& w) { max_pool2d(target(device, stream, dtype), {ptr(y), ptr<uint8_t>(argmax), ptr(x), ptr<float>(gamma), ptr<float>(beta), ptr<float>(mean), ptr<float>(var), images, height, width, channels, out_height, out_width, eps, window(w)}); });
+  m.def("max_pool2d_backward", [](int device, uintptr_t stream, int dtype, uintptr_t dx, uintptr_t dy, uintptr_t argmax, uintptr_t y, int64_t images, int height, int width, int channels, int out_height, int out_width, const std::array<int, 8>& w) { max_pool2d_backward(target(device, stream, dtype), {ptr(dx), ptr(dy), ptr<uint8_t>(argmax), ptr(y), images, height, width, channels, out_height, out_width, window(w)}); });
 }

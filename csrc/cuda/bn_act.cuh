@@ -16,7 +16,7 @@ constexpr int kStatisticsRows = V == 1 ? 8 : 6;
 template <int V>
 constexpr int kForwardRows = V == 1 ? 8 : 4;
 template <int V>
-constexpr int kBackwardRows = V == 1 ? 4 : 2;
+constexpr int kBackwardRows = V == 8 ? 2 : 4;
 
 // z = (x - mean) * scale + beta. The difference comes first: folding mean into a shift would lose all digits
 // of z where the mean is far from zero. Forward and backward use this one expression, so the mask is the forward's.

@@ -49,19 +49,23 @@ def same_kernel(signature: str, called: str) -> bool:
 
 
 @cache
-def kernels(defines: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    """Every kernel of csrc/cuda by its demangled signature: (PTX of its file, entry)."""
+def compiled(source: Path, defines: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    """The kernels of one file by their demangled signature: (PTX, entry)."""
     import ptxsim
 
-    found = {}
-    for source in sorted(SOURCES.glob("*.cu")):
-        if "__global__" not in source.read_text():
-            continue
-        text = ptxsim.compile_cuda(source, defines)
-        for entry in ptxsim.program(text).m.funcs.values():
-            if entry.entry:
-                found[demangle(entry.name)] = (text, entry.name)
-    return found
+    text = ptxsim.compile_cuda(source, defines)
+    return {demangle(f.name): (text, f.name) for f in ptxsim.program(text).m.funcs.values() if f.entry}
+
+
+@cache
+def find_kernel(hooked: str, defines: tuple[str, ...]) -> tuple[str, str, str]:
+    """(signature, PTX, entry) of the kernel a launch hook names; compiles only the file it is in."""
+    called = re.fullmatch(r"rf::cuda::Kernel<&\(?(.*?)\)?>", demangle(hooked))[1]
+    bare = re.search(r"cuda::(\w+)(<|\(|$)", called)[1]
+    (source,) = [p for p in SOURCES.glob("*.cu") if re.search(rf"__global__ .*\b{bare}\(", p.read_text())]
+    found = compiled(source, defines)
+    (name,) = [n for n in found if same_kernel(n, called)]
+    return name, *found[name]
 
 
 class Created(TorchDispatchMode):
@@ -142,20 +146,15 @@ class Simulator:
         import ptxsim
 
         with torch.utils._python_dispatch._disable_current_modes():
-            called = re.fullmatch(r"rf::cuda::Kernel<&\(?(.*?)\)?>", demangle(kernel))[1]
-            (name,) = [n for n in kernels(self.defines) if same_kernel(n, called)]
-            text, entry = kernels(self.defines)[name]
+            name, text, entry = find_kernel(kernel, self.defines)
             tensors, items = {}, {}
             for at in range(0, len(arguments), 8):
                 (word,) = struct.unpack_from("<Q", arguments, at)
                 if word in self.created.tensors:
                     tensors[at] = self.created.tensors[word]
                     items[at] = ("P", tensors[at])
-                else:
-                    items[at] = (
-                        "Q",
-                        word,
-                    )  # numbers; as an address it would be outside every tensor, which is an error
+                else:  # numbers; as an address it would lie outside every tensor, which is an error
+                    items[at] = ("Q", word)
             fresh = [t for t in tensors.values() if t.data_ptr() in self.created.unwritten]
             options = {"order": self.order, "coresident": cooperative} | self.options
             packed = ptxsim.Packed(len(arguments), items)

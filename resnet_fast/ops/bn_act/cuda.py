@@ -13,7 +13,8 @@ def why_not(door: str, *args: object) -> str | None:
     if door == "fwd":
         x, weight, bias, mean, var, residual = args[:6]
         return cuda_room.why_not(x, residual, vectors=(weight, bias, mean, var))
-    return "the cuda room has no bn_act backward yet"
+    dy, x, y, weight, bias, mean, var = args[:7]
+    return cuda_room.why_not(dy, x, y, vectors=(weight, bias, mean, var))
 
 
 def fwd(
@@ -46,6 +47,40 @@ def fwd(
     arguments = (y, x, residual, weight, bias, mean, var, workspace, rows, channels, eps, relu, passes)
     cuda_room.call("bn_act_training", x, *arguments)
     return y, mean, var
+
+
+def bwd(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    relu: bool,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias, dresidual as far as wanted (empty where not)."""
+    dy, x, y = cuda_room.dense(dy), cuda_room.dense(x), cuda_room.dense(y)
+    weight, bias, mean, var = (cuda_room.vector(t) for t in (weight, bias, mean, var))
+    rows, channels = cuda_room.rows(x), x.shape[1]
+    dx = common.empty_output(x) if wants[0] else None
+    dresidual = common.empty_output(dy) if wants[3] else None
+    dweight = dbias = workspace = None
+    if wants[1] or wants[2] or (training and wants[0]):
+        dweight, dbias = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
+        workspace = _workspace(x, rows, channels)
+    if any(wants):
+        tensors = (dx, dresidual, dweight, dbias, dy, x, y, weight, bias, mean, var, workspace)
+        cuda_room.call("bn_act_backward", x, *tensors, rows, channels, eps, training, relu)
+    return (
+        dx if wants[0] else x.new_empty(0),
+        dweight if wants[1] else x.new_empty(0),
+        dbias if wants[2] else x.new_empty(0),
+        dresidual if wants[3] else x.new_empty(0),
+    )
 
 
 def _workspace(x: Tensor, rows: int, channels: int) -> Tensor:
