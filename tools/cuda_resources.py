@@ -22,7 +22,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import nvcc
 
-FIELDS = ("kernel", "arch", "registers", "shared", "stack", "local", "loads_128", "stores_128", "copies_128", "local_accesses", "instructions")
+FIELDS = (
+    "kernel",
+    "arch",
+    "registers",
+    "shared",
+    "stack",
+    "local",
+    "loads_128",
+    "stores_128",
+    "copies_128",
+    "local_accesses",
+    "instructions",
+)
 
 
 class Missing(RuntimeError):
@@ -69,6 +81,7 @@ def _sections(text: str) -> list[tuple[str, str]]:
 
 def measure(built: Path) -> list[dict[str, str | int]]:
     """One row per kernel and architecture."""
+
     def dump(flag: str) -> str:
         return subprocess.run([cuobjdump(), flag, str(built)], capture_output=True, text=True, check=True).stdout
 
@@ -76,7 +89,13 @@ def measure(built: Path) -> list[dict[str, str | int]]:
     for arch, text in _sections(dump("--dump-resource-usage")):
         for name, usage in re.findall(r"Function (\w+):\s*\n\s*(.*)", text):
             numbers = {k: int(v) for k, v in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", usage)}
-            rows[name, arch] = {"arch": arch, "registers": numbers["REG"], "shared": numbers["SHARED"], "stack": numbers["STACK"], "local": numbers["LOCAL"]}
+            rows[name, arch] = {
+                "arch": arch,
+                "registers": numbers["REG"],
+                "shared": numbers["SHARED"],
+                "stack": numbers["STACK"],
+                "local": numbers["LOCAL"],
+            }
     for arch, text in _sections(dump("--dump-sass")):
         parts = re.split(r"^\s*Function : (\w+)\s*$", text, flags=re.M)
         for name, body in zip(parts[1::2], parts[2::2]):

@@ -31,7 +31,7 @@ def arguments(shape, dtype, mask, training=True, wants=ALL, seed=0):
 
 
 def check(card, call):
-    dy, x, y, *_, wants = call
+    dy, _, y, *_, wants = call
     got = card.run(room.bwd, *call)
     spec = eager.bwd(*call)
     exact = eager.bwd(*(t.double() if isinstance(t, torch.Tensor) else t for t in call))
@@ -71,7 +71,7 @@ def test_running_statistics(card, mask, dtype):
     assert card.names() == ["bn_backward_apply"], "without sums to make, one kernel"
 
 
-@pytest.mark.parametrize("wants", itertools.product([False, True], repeat=4), ids=str)
+@pytest.mark.parametrize("wants", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_every_subset_of_gradients(card, wants):
     for training in (True, False):
         check(card, arguments((2, 16, 5, 7), torch.float32, "output", training, wants))

@@ -46,7 +46,9 @@ def test_one_pass_never_asks_for_more_than_the_card_has(simulated):
     largest = {}
     for name, (sms, block, multiprocessor) in cards.items():
         launches = []
-        module.hook_launches(lambda *launch, seen=launches: seen.append(launch), sms, block * 1024, multiprocessor * 1024)
+        module.hook_launches(
+            lambda *launch, seen=launches: seen.append(launch), sms, block * 1024, multiprocessor * 1024
+        )
         try:
             for channels in (64, 256, 512, 2048):
                 for rows in (49, 392, 3136, 5000, 12544, 20000, 25088, 100352, 160000, 802816):
@@ -58,7 +60,9 @@ def test_one_pass_never_asks_for_more_than_the_card_has(simulated):
                     (_, grid, threads, shared, _, _) = launches[0]
                     static = 20 * 1024
                     assert grid <= 2 * sms and threads == 256
-                    assert shared + static <= block * 1024 + 1024 and 2 * (shared + static) <= multiprocessor * 1024 + 2048
+                    assert (
+                        shared + static <= block * 1024 + 1024 and 2 * (shared + static) <= multiprocessor * 1024 + 2048
+                    )
                     assert grid * shared >= rows * channels * 2, "x fits the blocks' shared memory"
                     largest[name] = max(largest.get(name, 0), rows * channels * 2)
         finally:
