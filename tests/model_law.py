@@ -61,34 +61,58 @@ def same_training(
     classes: int = 1000,
     autocast: bool = False,
 ) -> None:
-    """Hold `steps` SGD steps and the evaluation output of change(model) to the law.
+    """Hold SGD steps and the evaluation output of change(model) to the model in eager.
 
-    Each step starts from the float64 model's weights: two float32 runs drift apart by chaos alone, and this is a test of
-    steps, not of luck. A tensor's error may not be above twice the larger of eager's error on it and eager's rms over
-    all tensors of its kind, plus one rounding: one tensor of 64 numbers may be right by luck, a network's are not.
+    First in float64, where nothing but the dataflow can differ: `steps` steps, loss, gradients, statistics and weights
+    to ten digits. Then in float32 (or under autocast), by the tolerance law.
     """
     model = realistic(make()).train()
-    plain, ours = copy.deepcopy(model), change(copy.deepcopy(model))
-    exact = copy.deepcopy(model).double()
-    rounding = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps
+    same_dataflow(model, change, size, batch, steps, classes)
+    same_numerics(model, change, size, batch, classes, autocast)
+    plain, ours = copy.deepcopy(model).eval(), change(copy.deepcopy(model)).eval()
+    if not autocast:
+        same_evaluation(plain, ours, torch.randn(2, 3, size, size))
+
+
+def same_dataflow(model: nn.Module, change: Callable, size: int, batch: int, steps: int, classes: int) -> None:
+    """Steps in float64 that must agree to ten digits (deep networks of few values lose some of the sixteen)."""
+    plain, ours = copy.deepcopy(model).double(), change(copy.deepcopy(model).double())
     for step in range(steps):
+        x, target = torch.randn(batch, 3, size, size).double(), torch.randint(0, classes, (batch,))
+        truth = train_step(plain, x, target, lr=0.01)
+        for name, error in errors(train_step(ours, x, target, lr=0.01), truth).items():
+            assert error <= 1e-10, f"step {step}, {name}: relative difference {error:.2e} in float64"
+
+
+def same_numerics(
+    model: nn.Module, change: Callable, size: int, batch: int, classes: int, autocast: bool = False, trials: int = 4
+) -> None:
+    """One step in float32 or under autocast by the tolerance law.
+
+    A tensor's error may not be above twice the larger of eager's error on it and eager's rms over all tensors of its
+    kind, plus one rounding. An activation within rounding of the ReLU's kink may fall on the other side in one of the
+    two runs, and then the error is a thousand times its usual size, ours or eager's: so a tensor may be outside in some
+    trials of fresh inputs, by chance, but not in all.
+    """
+    rounding = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps
+    outside: dict[str, str] | None = None
+    for _ in range(trials):
+        plain, ours, exact = copy.deepcopy(model), change(copy.deepcopy(model)), copy.deepcopy(model).double()
         x, target = torch.randn(batch, 3, size, size), torch.randint(0, classes, (batch,))
-        truth = train_step(exact, x.double(), target, lr=0.01)
+        truth = train_step(exact, x.double(), target)
         eager = errors(train_step(plain, x, target, autocast=autocast), truth)
         mine = errors(train_step(ours, x, target, autocast=autocast), truth)
+        found: dict[str, str] = {}
         for kind in ("loss", "gradient", "buffer"):
             names = [n for n in mine if n.startswith(kind)]
-            typical = (sum(eager[n] ** 2 for n in names) / len(names)) ** 0.5
+            typical = (sum(eager[n] ** 2 for n in names) / max(1, len(names))) ** 0.5
             for name in names:
-                allowed = FACTOR * max(eager[name], typical) + rounding
-                assert mine[name] <= allowed, (
-                    f"step {step}, {name}: error {mine[name]:.2e}, eager's {eager[name]:.2e} (typical {typical:.2e})"
-                )
-        state = {k: v.to(model.state_dict()[k].dtype) for k, v in exact.state_dict().items()}
-        plain.load_state_dict(state)
-        ours.load_state_dict(state)
-        exact.load_state_dict(state)
-    same_evaluation(plain.eval(), ours.eval(), torch.randn(2, 3, size, size))
+                if not mine[name] <= FACTOR * max(eager[name], typical) + rounding:
+                    found[name] = f"{name}: error {mine[name]:.2e}, eager's {eager[name]:.2e} (typical {typical:.2e})"
+        outside = found if outside is None else {k: v for k, v in found.items() if k in outside}
+        if not outside:
+            return
+    raise AssertionError(f"outside the law in {trials} of {trials} trials: " + "; ".join(list(outside.values())[:5]))
 
 
 def same_evaluation(plain: nn.Module, ours: nn.Module, x: Tensor, factor: float = FACTOR) -> None:
