@@ -56,7 +56,9 @@ def software() -> list[tuple[str, str]]:
     """Names and values of what is installed and built."""
     cuda = "not in this torch"
     if torch.version.cuda:
-        cuda = f"{torch.version.cuda}, " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no device here")
+        cuda = f"{torch.version.cuda}, " + (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else "no device here"
+        )
     module = _native.why_not() or f"built, runs {_native.isa()}: {_native.module().__file__}"
     return [
         ("resnet_fast", f"{resnet_fast.__version__} in {Path(resnet_fast.__file__).parent}"),

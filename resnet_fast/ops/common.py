@@ -86,6 +86,16 @@ def _strides(shape: torch.Size) -> tuple[int, int, int, int]:
     return (h * w * c, 1, w * c, c)
 
 
+def vector(t: Tensor | None) -> Tensor | None:
+    """A per-channel vector as the compiled kernels read it: dense float32."""
+    return None if t is None else t.detach().float().contiguous()
+
+
+def address(t: Tensor | None) -> int:
+    """Where a tensor's data starts, 0 for None."""
+    return 0 if t is None else t.data_ptr()
+
+
 def cpu_why_not(*tensors: Tensor | None) -> str | None:
     """Why the C++ room cannot take these tensors, None when it can."""
     if _native.why_not():

@@ -63,13 +63,9 @@ def run(
     packed = -(-memory.data_ptr() // 64) * 64
     scratch = -(-(packed + packed_bytes) // 64) * 64
     filters = weight.detach().float().contiguous()
-    native.conv_pack(shape, dtype, config[0], packed, filters.data_ptr(), _address(scale), threads)
+    native.conv_pack(shape, dtype, config[0], packed, filters.data_ptr(), common.address(scale), threads)
     native.conv_run(
-        shape, dtype, config, y.data_ptr(), x.data_ptr(), packed, 0, _address(shift), _address(residual), relu, scratch,
+        shape, dtype, config, y.data_ptr(), x.data_ptr(), packed, 0, common.address(shift), common.address(residual), relu, scratch,
         threads,
     )  # fmt: skip
     return y
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
