@@ -1,0 +1,210 @@
+"""One operator over every layer shape of a network: each backend's rate, against this machine's, checked first."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast import backends, functional
+from resnet_fast.bench import report, roofline, worker
+from resnet_fast.bench.cases import BenchError
+from resnet_fast.bench.timer import LAW, WINOGRAD_LAW, relative
+
+OPERATORS = ("conv2d", "conv_bn_act", "bn_act", "add_relu", "max_pool2d")
+
+
+@dataclass
+class Work:
+    """An operator at one shape: how to call it on tensors of any dtype, what it computes and moves."""
+
+    shape: str
+    names: list[str]
+    tensors: dict[str, Tensor]
+    call: Callable[[dict[str, Tensor]], Tensor]
+    flops: int
+    moved: int
+    outputs: int = 0
+    times: dict[str, list[float]] = field(default_factory=dict)
+    verdicts: dict[str, str] = field(default_factory=dict)
+
+
+def works(op: str, layers: list[roofline.Layer], batch: int, seed: int = 0) -> Iterator[Work]:
+    """An operator's distinct shapes in a network, in order; tensors are float32, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        t = torch.randn(shape, generator=generator)
+        return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
+
+    shapes: dict[Any, Work] = {}
+    for a in layers:
+        if op in ("conv2d", "conv_bn_act"):
+            key, tail = a.shape, " +" if a.residual and op == "conv_bn_act" else ""
+        elif op == "bn_act" or (op == "add_relu" and a.residual):
+            key, tail = f"{a.P}x{a.Q}x{a.K}", " +" if a.residual and op == "bn_act" else ""
+        elif op == "max_pool2d" and a is layers[0]:
+            key, tail = f"{a.P}x{a.Q}x{a.K}, 3x3/2", ""
+        else:
+            continue
+        key += tail
+        if key in shapes:
+            shapes[key].names.append(a.name)
+            continue
+        outputs, inputs = batch * a.outputs, batch * a.inputs
+        y = normal(batch, a.K, a.P, a.Q)
+        vectors = {"mean": normal(a.K), "var": normal(a.K).square() + 0.5, "gamma": normal(a.K), "beta": normal(a.K)}
+        place = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation, "groups": a.groups}
+        if op in ("conv2d", "conv_bn_act"):
+            weight = normal(a.K, a.C // a.groups, a.R, a.S) * (a.R * a.S * a.C / a.groups) ** -0.5
+            tensors = {"x": normal(batch, a.C, a.H, a.W), "w": weight}
+            flops, moved = batch * a.flops, inputs + outputs + a.weights
+            if op == "conv2d":
+                work = Work(
+                    key, [a.name], tensors, lambda t, p=place: functional.conv2d(t["x"], t["w"], **p), flops, moved
+                )
+            else:
+                tensors |= vectors | ({"residual": y} if tail else {})
+                work = Work(
+                    key, [a.name], tensors, lambda t, p=place: _conv_bn_act(t, p), flops, moved + bool(tail) * outputs
+                )
+        elif op == "bn_act":
+            tensors = {"x": y, **vectors} | ({"residual": normal(*y.shape)} if tail else {})
+            work = Work(key, [a.name], tensors, _bn_act, 0, (3 + bool(tail)) * outputs)
+        elif op == "add_relu":
+            tensors = {"x": y, "residual": normal(*y.shape)}
+            work = Work(key, [a.name], tensors, lambda t: functional.add_relu(t["x"], t["residual"]), 0, 3 * outputs)
+        else:
+            work = Work(key, [a.name], {"x": y}, lambda t: functional.max_pool2d(t["x"], 3, 2, 1), 0, outputs * 5 // 4)
+        shapes[key] = work
+    return iter(shapes.values())
+
+
+def _conv_bn_act(t: dict[str, Tensor], place: dict[str, int]) -> Tensor:
+    given = (t["x"], t["w"], None, t["mean"], t["var"], t["gamma"], t["beta"], t.get("residual"))
+    return functional.conv_bn_act(*given, **place)
+
+
+def _bn_act(t: dict[str, Tensor]) -> Tensor:
+    statistics_ = (t["mean"].clone(), t["var"].clone())
+    return functional.bn_act(t["x"], *statistics_, t["gamma"], t["beta"], t.get("residual"), training=True)
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Activations and filters in a dtype, vectors in float32 (float64 with float64)."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return {k: t.to(device, dtype if t.dim() == 4 else wide) for k, t in tensors.items()}
+
+
+def check(op: str, work: Work, dtype: torch.dtype, device: str) -> None:
+    """Ask every backend and hold what it computes to the law; what cannot run or is wrong gets no time."""
+    given = cast(work.tensors, dtype, device)
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        with backends.use_backend("eager"):
+            exact = work.call(cast({k: t.double() for k, t in given.items()}, torch.float64, device))
+        for name in backends.ORDER:
+            if backends.room(op, name) is None:
+                continue
+            try:
+                with backends.use_backend(name):
+                    found[name] = work.call(given)
+            except RuntimeError as error:
+                work.verdicts[name] = str(error)
+    own = relative(found["eager"], exact)
+    winograd = dtype == torch.float32 and op.startswith("conv") and not backends.is_exact()
+    for name, y in found.items():
+        allowed = (WINOGRAD_LAW if winograd and name == "cpu" else LAW) * own + torch.finfo(dtype).eps / 2
+        error = relative(y, exact)
+        work.verdicts[name] = "ok" if error <= allowed else f"WRONG: error {error:.1e}, allowed {allowed:.1e}"
+
+
+def measure(work: Work, dtype: torch.dtype, device: str, rounds: int, seconds: float) -> None:
+    """Time the backends that are right, in turns."""
+    given = cast(work.tensors, dtype, device)
+    right = [name for name, verdict in work.verdicts.items() if verdict == "ok"]
+    with torch.no_grad():
+        for _ in range(rounds):
+            for name in right:
+                with backends.use_backend(name):
+                    work.call(given)
+                    found = worker.times(lambda: work.call(given), seconds, device)
+                work.times.setdefault(name, []).append(statistics.median(found))
+
+
+def main(args: argparse.Namespace, device: str) -> int:
+    """Print the table of an operator for each network, batch and dtype.
+
+    Returns:
+        1 when a backend computed something wrong, else 0.
+    """
+    from tabulate import tabulate
+
+    op = args.operator
+    if args.csv or args.json:
+        raise BenchError("op prints a table; --csv and --json are for infer, train and suite")
+    torch.set_num_threads(args.threads)
+    machine = roofline.measure(device, args.dtype, args.threads)
+    print(f"{report.device_name(device)}, {args.threads} threads, {machine.gbytes:.1f} GB/s ({machine.how})")
+    wrong = 0
+    for name in args.model:
+        layers = roofline.layers(name, args.size)
+        for batch in args.batch:
+            for dtype_name in args.dtype:
+                dtype = getattr(torch, dtype_name)
+                rate, size = machine.gflops[dtype_name], torch.finfo(dtype).bits // 8
+                lines = []
+                for work in works(op, layers, batch):
+                    check(op, work, dtype, device)
+                    measure(work, dtype, device, args.rounds, args.seconds / 10)
+                    floor = max(work.flops / rate / 1e9, work.moved * size / machine.gbytes / 1e9)
+                    for room, verdict in work.verdicts.items():
+                        if room not in work.times:
+                            wrong += verdict.startswith("WRONG")
+                            lines.append([work.shape, len(work.names), room, *[""] * 5, verdict])
+                            continue
+                        t = statistics.median(work.times[room])
+                        eager = statistics.median(
+                            a / b for a, b in zip(work.times["eager"], work.times[room], strict=True)
+                        )
+                        rates = (
+                            f"{work.flops / t / 1e9:.0f}" if work.flops else "",
+                            f"{work.moved * size / t / 1e9:.1f}",
+                        )
+                        share = f"{100 * floor / t:.0f}"
+                        lines.append(
+                            [work.shape, len(work.names), room, f"{1e6 * t:.0f}", *rates, share, f"{eager:.2f}", ""]
+                        )
+                print(f"\n{op}, {name}, batch {batch}, {dtype_name}: {rate:.0f} GFLOP/s is this machine's rate\n")
+                header = [
+                    "shape (+: residual)",
+                    "times",
+                    "backend",
+                    "us",
+                    "GFLOP/s",
+                    "GB/s",
+                    "% roof",
+                    "x eager",
+                    "note",
+                ]
+                print(
+                    tabulate(
+                        lines,
+                        header,
+                        disable_numparse=True,
+                        colalign=["left", "right", "left"] + ["right"] * 5 + ["left"],
+                    )
+                )
+    print(
+        "\nx eager: median over interleaved rounds. % roof: the longer of computing the direct convolution and moving every"
+    )
+    print(
+        "tensor once at this machine's rates, over the time; Winograd and caches can beat it. Times include the packing of"
+    )
+    print("filters that a frozen network does once. Only results within the law (see CONTRIBUTING.md) are timed.")
+    return int(wrong > 0)
