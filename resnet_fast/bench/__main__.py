@@ -162,7 +162,7 @@ def compare(args: argparse.Namespace) -> int:
     for path in write(args, runs, machine):
         print(f"written: {path}")
     print(f"{time.perf_counter() - begin:.0f} s in all")
-    own = [r for _, results, _ in runs for r in results if r.engine in ("resnet_fast", "converted")]
+    own = [r for _, results, _ in runs for r in results if r.engine in engines.OWN]
     return 0 if all(r.correct for r in own) else 1
 
 

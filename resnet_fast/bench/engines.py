@@ -23,7 +23,9 @@ LEGEND = {
     "compile": "torch.compile, channels_last; inference with inductor's freezing (bfloat16: model and input cast)",
     "compile_graphs": "torch.compile(mode='reduce-overhead'), CUDA graphs",
 }
+#: What ratios are taken to, and the engines that are this package.
 BASE = "eager"
+OWN = ("resnet_fast", "converted")
 
 
 def defaults(case: Case) -> list[str]:
@@ -101,7 +103,7 @@ def _without_gradients(call: Run, context: Callable[[], Any]) -> Run:
 def _train(engine: str, case: Case, model: nn.Module, x: Tensor, target: Tensor) -> Run:
     if engine == "eager_bf16":
         raise cases.BenchError("eager_bf16 is an engine for inference")
-    if engine == "resnet_fast" or engine == "converted":
+    if engine in OWN:
         import resnet_fast
 
         resnet_fast.convert(model)

@@ -22,7 +22,7 @@ from resnet_fast.bench.cases import Case
 SETUP_LIMIT, ROUND_LIMIT = 900.0, 300.0
 
 #: The package's law: error against float64 at most twice eager's own plus one rounding. Winograd convolutions, which
-#: frozen float32 networks may use, are held to three times eager's.
+#: float32 networks may use, are held to three times eager's.
 LAW, WINOGRAD_LAW = 2.0, 3.0
 
 
@@ -124,7 +124,7 @@ def measure(
     path = cases.prepare(case, folder)
     results = {name: Result(name) for name in names}
     workers: dict[str, Worker] = {}
-    first = [n for n in names if n in ("resnet_fast", "converted")]
+    first = [n for n in names if n in engines.OWN]
     try:
         for group in ([[n] for n in first], [[n for n in names if n not in first]]):
             for together in group:
@@ -165,7 +165,7 @@ def judge(case: Case, results: dict[str, Result], path: Path) -> None:
     rounding = torch.finfo(getattr(torch, case.dtype)).eps / 2
     for name, y in found.items():
         result = results[name]
-        winograd = name == "resnet_fast" and case.mode == "infer" and case.dtype == "float32" and not case.exact
+        winograd = name in engines.OWN and case.dtype == "float32" and not case.exact
         result.error = errors[name]
         result.allowed = (WINOGRAD_LAW if winograd else LAW) * yardstick + rounding
         if engines.BASE in found and case.mode == "infer":
@@ -189,7 +189,7 @@ def top5_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
 def compare(results: dict[str, Result]) -> None:
     """Ratios to eager channels_last and to the fastest correct peer, round by round; none for a result that is wrong."""
     base = results.get(engines.BASE)
-    peers = [r for n, r in results.items() if n not in ("resnet_fast", "converted") and r.correct]
+    peers = [r for n, r in results.items() if n not in engines.OWN and r.correct]
     best = min(peers, key=lambda r: r.seconds[0], default=None)
     for result in results.values():
         if result.correct:
