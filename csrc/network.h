@@ -125,7 +125,7 @@ class Plan {
   // value to which each step's milliseconds are added (with a barrier after every step).
   void run(const void* x, bool nchw, DType x_dtype, void* out, double* ms = nullptr);
 
-  // Measures the steps of `repeats` runs; describe() then reports the medians.
+  // Measures the steps of `repeats` runs; describe() then reports the medians and the least.
   void profile(const void* x, bool nchw, DType x_dtype, void* out, int repeats);
   // Fills the free arenas with NaN: a test's proof that no step reads what none wrote.
   void poison();
@@ -139,7 +139,8 @@ class Plan {
     int64_t groups;
     int64_t images;   // per pass
     double flops;     // of the whole batch: two per multiply-add of the plain algorithm
-    double ms;        // of the whole batch; negative: never profiled
+    double ms;        // of the whole batch, the median of the profiled runs; negative: never profiled
+    double least_ms;  // the least: what a busy machine adds is left out
     bool fused;       // computed inside the next step
   };
   std::vector<Row> describe() const;
@@ -202,7 +203,7 @@ class Plan {
   std::vector<int> store_;  // the level whose pass the value's memory covers; levels_.size(): the whole batch
   std::vector<int> group_;  // values of one group are computed without a barrier between them
   std::vector<int64_t> offset_, scratch_;  // in the arena
-  std::vector<double> ms_;
+  std::vector<double> ms_, least_ms_;
   Program direct_, converted_;  // x read where the caller has it, or through a layout step
   size_t arena_bytes_ = 0;
 

@@ -80,6 +80,7 @@ static py::list describe(const Plan& plan) {
     d["flops"] = r.flops;
     d["fused"] = r.fused;
     d["ms"] = r.ms < 0 ? py::object(py::none()) : py::object(py::float_(r.ms));
+    d["ms_least"] = r.least_ms < 0 ? py::object(py::none()) : py::object(py::float_(r.least_ms));
     rows.append(d);
   }
   return rows;
@@ -94,8 +95,8 @@ void bind_network(py::module_& m) {
            "Computes the output. x_layout: 0 NCHW, 1 NHWC. out: NHWC in the network's dtype. Several threads may call at once.")
       .def("profile", [](Plan& p, uintptr_t x, int layout, uintptr_t out, int x_dtype, int repeats) { p.profile(floats(x), is_nchw(layout), dtype_of(x_dtype, p.dtype()), reinterpret_cast<void*>(out), repeats); },
            "x_ptr"_a, "x_layout"_a, "out_ptr"_a, "x_dtype"_a = -1, "repeats"_a = 5, py::call_guard<py::gil_scoped_release>(),
-           "run() `repeats` times with a clock around every step; describe() then has the medians.")
-      .def("describe", &describe, "One dict per value: op, shape, algorithm and its blocks, images per pass, flops, ms.")
+           "run() `repeats` times with a clock around every step; describe() then has the medians and the least.")
+      .def("describe", &describe, "One dict per value: op, shape, algorithm and its blocks, images per pass, flops, ms (median) and ms_least of profile().")
       .def("choices", [](const Plan& p) { return choices_to(p.choices()); }, "What Network.plan(choices=) takes to make this plan again; plain data.")
       .def("poison", &Plan::poison, "Fills the arenas with NaN (for tests).")
       .def_property_readonly("arena_bytes", &Plan::arena_bytes, "Working memory of one call.")

@@ -34,6 +34,7 @@ Plan::Plan(std::shared_ptr<Network> network, int64_t N, int64_t H, int64_t W, in
   infer_extents(H, W);
   find_uses();
   ms_.assign(network_->nodes().size(), -1);
+  least_ms_ = ms_;
 }
 
 void Plan::infer_extents(int64_t H, int64_t W) {

@@ -233,8 +233,9 @@ void Plan::profile(const void* x, bool nchw, DType x_dtype, void* out, int repea
   for (size_t i = 0; i < count; ++i) {
     std::vector<double> of;
     for (const auto& each : runs) of.push_back(each[i]);
-    std::nth_element(of.begin(), of.begin() + repeats / 2, of.end());
+    std::sort(of.begin(), of.end());
     ms_[i] = of[size_t(repeats / 2)];
+    least_ms_[i] = of[0];
   }
 }
 
@@ -262,6 +263,7 @@ std::vector<Plan::Row> Plan::describe() const {
     r.images = levels_[level_[i]].images;
     r.flops = flops_of(i);
     r.ms = ms_[i];
+    r.least_ms = least_ms_[i];
     r.fused = fused_into_[i] >= 0;
     rows.push_back(r);
   }
