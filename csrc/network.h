@@ -61,6 +61,7 @@ struct Choice {
 using Choices = std::map<int, Choice>;
 
 class Plan;
+bool is_winograd(int algorithm);  // not exact
 void tune_plan(Plan&, const Choices& given, int effort);
 
 class Network : public std::enable_shared_from_this<Network> {
@@ -162,30 +163,30 @@ class Plan {
     int first, last;
     int64_t images;
   };
-  struct Program {
-    std::vector<Step> steps;
-  };
+  // How the input is read: where the caller has it (NHWC; or NCHW, by kernels that take it), or through a layout step.
+  enum class Input : int { nhwc, planar, converted, count };
 
   // Graph facts, once
   void infer_extents(int64_t H, int64_t W);
   void find_uses();
   void choose_images();
   void choose_convolutions(const Choices& choices);
+  bool reads_planar() const;
   void find_levels();
   // Memory and steps from the choices: called again after every change of them.
   void build();
   void drop_arenas();
   void find_groups();
   void place_values();
-  void emit(std::vector<Step>& steps, int level, int64_t begin, int64_t end, bool converted) const;
-  Step step_of(int node, int64_t begin, int64_t end, bool converted) const;
+  void emit(std::vector<Step>& steps, int level, int64_t begin, int64_t end, Input input) const;
+  Step step_of(int node, int64_t begin, int64_t end, Input input) const;
   ConvShape shape_of(int node, int64_t images) const;
   ConvShape planned_shape(int node) const;  // of one pass
   ConvShape band_shape(int pool, int64_t* band) const;  // of the convolution fused into a max_pool
   int64_t scratch_bytes(int node) const;
   int64_t value_bytes(int node) const { return extents_[node].elements() * int64_t(dtype_size(network_->dtype())); }
   double flops_of(int node) const;
-  Place place_of(int value, int64_t image, bool converted) const;
+  Place place_of(int value, int64_t image, Input input) const;
 
   std::shared_ptr<Network> network_;
   const int64_t N_;
@@ -204,7 +205,8 @@ class Plan {
   std::vector<int> group_;  // values of one group are computed without a barrier between them
   std::vector<int64_t> offset_, scratch_;  // in the arena
   std::vector<double> ms_, least_ms_;
-  Program direct_, converted_;  // x read where the caller has it, or through a layout step
+  std::vector<Step> steps_[int(Input::count)];
+  bool planar_ = false;
   size_t arena_bytes_ = 0;
 
   std::mutex mutex_;

@@ -29,6 +29,10 @@ static int64_t pool_extent(int64_t in, int64_t kernel, int64_t stride, int64_t p
 
 static bool is_conv(const Node& n) { return n.op == Op::conv || n.op == Op::linear; }
 
+bool is_winograd(int algorithm) {
+  return std::strncmp(kernels().conv->name(algorithm), "winograd", 8) == 0;
+}
+
 Plan::Plan(std::shared_ptr<Network> network, int64_t N, int64_t H, int64_t W, int threads, bool exact)
     : network_(std::move(network)), N_(N), threads_(threads), exact_(exact) {
   infer_extents(H, W);
@@ -94,12 +98,14 @@ void Plan::find_uses() {
   }
   live_[0] = true;
   for (auto& readers : readers_) std::sort(readers.begin(), readers.end());
-  // A convolution that only a max_pool reads is computed inside it, rows at a time.
+  // A convolution that only a max_pool reads is computed inside it, rows at a time. Not by Winograd: a band's tiles
+  // begin where a thread's share does, and the bits of the result would depend on how many threads there are.
   for (int i = 0; i < count; ++i) {
     const Node& n = nodes[i];
     const bool alone = live_[i] && n.op == Op::conv && i != network_->output() && readers_[i].size() == 1;
     if (!alone || n.residual >= 0 || nodes[readers_[i][0]].op != Op::max_pool) continue;
     if (n.padding.h > n.dilation.h * (n.kernel.h - 1)) continue;  // a band of rows could lie in the padding alone
+    if (is_winograd(kernels().conv->heuristic(shape_of(i, 1), network_->dtype(), threads_, exact_).algorithm)) continue;
     const int pool = readers_[i][0];
     fused_into_[i] = pool;
     for (int& reader : readers_[n.x]) reader = reader == i ? pool : reader;
@@ -184,12 +190,26 @@ void Plan::choose_convolutions(const Choices& choices) {
       RF_CHECK(algorithm < conv.algorithms(), "choices[", i, "]: no convolution algorithm is called '", c.algorithm, "'");
       const char* why = conv.why_not(shape, dtype, algorithm);
       RF_CHECK(!why, "choices[", i, "]: ", c.algorithm, " cannot do this convolution: ", why);
-      RF_CHECK(!exact_ || c.algorithm.rfind("winograd", 0) != 0, "choices[", i, "]: ", c.algorithm, " is not exact, and exact was asked for");
+      RF_CHECK(!exact_ || !is_winograd(algorithm), "choices[", i, "]: ", c.algorithm, " is not exact, and exact was asked for");
+      RF_CHECK(fused_into_[i] < 0 || !is_winograd(algorithm), "choices[", i, "]: ", c.algorithm, " cannot compute the rows of a max_pool (value ", fused_into_[i], ")");
       RF_CHECK(c.block_rows >= 0 && c.block_cols >= 0 && c.split_cols >= 0, "choices[", i, "]: block sizes cannot be negative");
       config = {algorithm, c.block_rows, c.block_cols, c.split_cols};
     }
     packed_[i] = network_->packed(i, config.algorithm, shape, threads_);
   }
+}
+
+// Whether all that read the input can read NCHW as it stands.
+bool Plan::reads_planar() const {
+  for (int reader : readers_[0]) {
+    const Node& n = network_->nodes()[reader];
+    const int conv = is_conv(n) ? reader : n.op == Op::max_pool && fused_into_[n.x] == reader ? n.x : -1;
+    if (conv < 0 || n.residual == 0) return false;
+    ConvShape s = shape_of(conv, 1);
+    s.planar = true;
+    if (kernels().conv->why_not(s, network_->dtype(), configs_[conv].algorithm)) return false;
+  }
+  return true;
 }
 
 std::shared_ptr<Plan> Network::plan(int64_t N, int64_t H, int64_t W, int threads, bool exact, int tune, const Choices& choices) {
@@ -227,10 +247,11 @@ std::shared_ptr<Plan> Network::plan(int64_t N, int64_t H, int64_t W, int threads
 void Plan::build() {
   find_groups();
   place_values();
-  for (bool converted : {false, true}) {
-    Program& program = converted ? converted_ : direct_;
-    program.steps.clear();
-    emit(program.steps, int(levels_.size()) - 1, 0, N_, converted);
+  planar_ = reads_planar();
+  for (Input input : {Input::nhwc, Input::planar, Input::converted}) {
+    std::vector<Step>& steps = steps_[int(input)];
+    steps.clear();
+    if (input != Input::planar || planar_) emit(steps, int(levels_.size()) - 1, 0, N_, input);
   }
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& arena : arenas_) {
@@ -299,7 +320,7 @@ int64_t Plan::scratch_bytes(int node) const {
     return int64_t(most);
   }
   if (n.op == Op::max_pool && fused_into_[n.x] == node) {
-    const Step s = step_of(node, 0, 1, false);
+    const Step s = step_of(node, 0, 1, Input::converted);
     return threads_ * (s.row_bytes + s.scratch_bytes);
   }
   return 0;

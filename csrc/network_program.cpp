@@ -101,10 +101,10 @@ void Plan::place_values() {
 
 // Where a value's `image` lies: its memory covers one pass of its store level, which begins at a multiple of that
 // level's images inside the pass around it.
-Place Plan::place_of(int value, int64_t image, bool converted) const {
+Place Plan::place_of(int value, int64_t image, Input input) const {
   if (value < 0) return {};
   if (value == network_->output()) return {Space::output, image * value_bytes(value)};
-  if (value == 0 && !converted) return {Space::input, image * value_bytes(0)};
+  if (value == 0 && input != Input::converted) return {Space::input, image * value_bytes(0)};
   int64_t begin = 0;
   for (int level = int(levels_.size()) - 1; level >= store_[value]; --level) {
     begin += (image - begin) / levels_[level].images * levels_[level].images;
@@ -112,21 +112,21 @@ Place Plan::place_of(int value, int64_t image, bool converted) const {
   return {Space::arena, offset_[value] + (image - begin) * value_bytes(value)};
 }
 
-void Plan::emit(std::vector<Step>& steps, int level, int64_t begin, int64_t end, bool converted) const {
+void Plan::emit(std::vector<Step>& steps, int level, int64_t begin, int64_t end, Input input) const {
   const Level& pass = levels_[level];
   for (int64_t a = begin; a < end; a += pass.images) {
     const int64_t b = std::min(end, a + pass.images);
-    if (level > 0) emit(steps, level - 1, a, b, converted);
+    if (level > 0) emit(steps, level - 1, a, b, input);
     for (int i = pass.first; i <= pass.last; ++i) {
-      if (!live_[i] || fused_into_[i] >= 0 || level_[i] != level || (i == 0 && !converted)) continue;
+      if (!live_[i] || fused_into_[i] >= 0 || level_[i] != level || (i == 0 && input != Input::converted)) continue;
       const bool follows = !steps.empty() && level_[steps.back().node] == level && steps.back().node < i;
       if (follows) steps.back().sync = group_[steps.back().node] != group_[i];
-      steps.push_back(step_of(i, a, b, converted));
+      steps.push_back(step_of(i, a, b, input));
     }
   }
 }
 
-Step Plan::step_of(int node, int64_t begin, int64_t end, bool converted) const {
+Step Plan::step_of(int node, int64_t begin, int64_t end, Input input) const {
   const Node& n = network_->nodes()[node];
   const DType dtype = network_->dtype();
   const Extent& out = extents_[node];
@@ -137,9 +137,9 @@ Step Plan::step_of(int node, int64_t begin, int64_t end, bool converted) const {
   s.images = end - begin;
   s.pixels = out.H * out.W;
   s.channels = out.C;
-  s.y = place_of(node, begin, converted);
-  s.residual = place_of(n.residual, begin, converted);
-  s.gate = place_of(n.gate, begin, converted);
+  s.y = place_of(node, begin, input);
+  s.residual = place_of(n.residual, begin, input);
+  s.gate = place_of(n.gate, begin, input);
   s.scratch = {Space::arena, scratch_[node]};
   if (node == 0) {
     s.kind = StepKind::layout;
@@ -147,11 +147,12 @@ Step Plan::step_of(int node, int64_t begin, int64_t end, bool converted) const {
     return s;
   }
   const bool fused = n.op == Op::max_pool && fused_into_[n.x] == node;
-  s.x = place_of(fused ? network_->nodes()[n.x].x : n.x, begin, converted);
+  s.x = place_of(fused ? network_->nodes()[n.x].x : n.x, begin, input);
   const int conv = fused ? n.x : is_conv(n) ? node : -1;
   if (conv >= 0) {
     const Node& c = network_->nodes()[conv];
     s.conv.shape = shape_of(conv, end - begin);
+    s.conv.shape.planar = c.x == 0 && input == Input::planar;
     s.conv.config = configs_[conv];
     s.conv.dtype = dtype;
     s.conv.packed = packed_[conv].get();
@@ -200,8 +201,10 @@ void Plan::run(const void* x, bool nchw, DType x_dtype, void* out, double* ms) {
   }
   if (!arena) arena = std::make_unique<Buffer>(arena_bytes_);
   // One channel or one pixel is the same memory in both layouts.
-  const bool as_is = x_dtype == network_->dtype() && (!nchw || C() == 1 || H() * W() == 1);
-  const std::vector<Step>& steps = (as_is ? direct_ : converted_).steps;
+  const bool nhwc = !nchw || C() == 1 || H() * W() == 1;
+  const bool same = x_dtype == network_->dtype();
+  const Input input = same && nhwc ? Input::nhwc : same && planar_ ? Input::planar : Input::converted;
+  const std::vector<Step>& steps = steps_[int(input)];
   rf::Program program;
   program.steps = steps.data();
   program.count = int(steps.size());
@@ -234,6 +237,7 @@ void Plan::profile(const void* x, bool nchw, DType x_dtype, void* out, int repea
     std::vector<double> of;
     for (const auto& each : runs) of.push_back(each[i]);
     std::sort(of.begin(), of.end());
+    if (of.back() <= 0) continue;  // no step of its own: read in place, or computed inside another
     ms_[i] = of[size_t(repeats / 2)];
     least_ms_[i] = of[0];
   }

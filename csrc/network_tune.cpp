@@ -110,10 +110,10 @@ class Tuner {
       const int n = conv.candidates(s, plan_.network_->dtype(), plan_.fused_into_[i] >= 0 ? 1 : plan_.threads_, all, 64);
       kind.candidates.push_back(plan_.configs_[i]);
       for (int c = 0; c < n; ++c) {
-        const bool winograd = std::strncmp(conv.name(all[c].algorithm), "winograd", 8) == 0;
+        const bool barred = is_winograd(all[c].algorithm) && (plan_.exact_ || plan_.fused_into_[i] >= 0);
         const ConvConfig& first = kind.candidates[0];
         const bool again = std::tie(first.algorithm, first.block_rows, first.block_cols, first.split_cols) == std::tie(all[c].algorithm, all[c].block_rows, all[c].block_cols, all[c].split_cols);
-        if (!(plan_.exact_ && winograd) && !again) kind.candidates.push_back(all[c]);
+        if (!barred && !again) kind.candidates.push_back(all[c]);
       }
       // One algorithm after the other: weights are packed anew only where it changes.
       std::stable_sort(kind.candidates.begin() + 1, kind.candidates.end(), [](const ConvConfig& a, const ConvConfig& b) { return a.algorithm < b.algorithm; });

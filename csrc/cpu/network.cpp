@@ -169,11 +169,11 @@ void conv_max_pool(const Step& s, char* y, const char* x, char* scratch, const T
       ConvArgs conv = s.conv;
       const int64_t above = done * whole.stride_h - whole.pad_h;  // the first input row read; negative: padding
       const int64_t below = (need.end - 1) * whole.stride_h - whole.pad_h + (whole.R - 1) * whole.dilation_h + 1;
-      const int64_t begin = above > 0 ? above : 0;
+      const int64_t begin = whole.planar || above < 0 ? 0 : above;
       conv.shape.N = 1;
-      conv.shape.H = (below < whole.H ? below : whole.H) - begin;
+      conv.shape.H = (whole.planar || below > whole.H ? whole.H : below) - begin;  // a plane cannot be cut
       conv.shape.P = need.end - done;
-      conv.shape.pad_h = above < 0 ? -above : 0;
+      conv.shape.pad_h = begin - above;
       conv.x = x + (image * whole.H + begin) * in_row;
       conv.y = rows + (done - need.begin) * mid_row;
       conv.scratch = rows + s.row_bytes;
