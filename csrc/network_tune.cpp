@@ -20,7 +20,7 @@ static double now() {
 class Tuner {
  public:
   Tuner(Plan& plan, const Choices& given, int effort)
-      : plan_(plan), given_(given), deadline_(now() + (effort > 1 ? 40.0 : 6.0)), x_(image_bytes()), out_(output_bytes()) {
+      : plan_(plan), given_(given), effort_(effort), deadline_(now() + (effort > 1 ? 60.0 : 10.0)), x_(image_bytes()), out_(output_bytes()) {
     // Any finite values do, but zeros would hide what denormals or an all-zero ReLU change.
     uint32_t state = 1;
     for (size_t i = 0; i + 2 <= x_.bytes(); i += 2) {
@@ -42,10 +42,11 @@ class Tuner {
  private:
   struct Kind {  // convolutions that differ only in their weights
     std::vector<int> members;
-    std::vector<ConvConfig> candidates;
-    std::vector<double> best;  // ms of each candidate
-    std::vector<int> queue;    // candidates still to be tried in this round
+    std::vector<ConvConfig> candidates;  // the heuristic's first
+    std::vector<double> best;            // least ms of each; kUntried
+    std::vector<int> queue;              // candidates to be tried next
   };
+  static constexpr double kUntried = 1e30;
 
   size_t image_bytes() const { return size_t(plan_.N_ * plan_.value_bytes(0)); }
   size_t output_bytes() const { return size_t(plan_.N_ * plan_.value_bytes(plan_.network_->output())); }
@@ -74,14 +75,14 @@ class Tuner {
     std::set<std::vector<int64_t>> tried;
     std::vector<int64_t> best = start;
     double best_time = 0;
-    for (double factor : {1.0, 1e9, 0.5, 2.0, 0.25, 4.0}) {
+    for (double factor : {1.0, 2.0, 0.5, 1e9}) {
       std::vector<int64_t> images = start;
       for (int64_t& n : images) n = std::max(int64_t(1), std::min(plan_.N_, int64_t(double(n) * factor)));
       if (!tried.insert(images).second) continue;
       if (late()) break;
       plan_.images_ = images;
       rebuild_choosing();
-      const double time = least(3);
+      const double time = least(2);
       if (tried.size() == 1 || time < best_time) best = images, best_time = time;
     }
     plan_.images_ = best;
@@ -103,7 +104,7 @@ class Tuner {
       const auto given = given_.find(i);
       if (given != given_.end() && !given->second.algorithm.empty()) continue;
       const ConvShape s = plan_.planned_shape(i);
-      Kind& kind = kinds[{s.N, s.H, s.W, s.C, s.K, s.R, s.S, s.P, s.Q, s.stride_h, s.stride_w, s.pad_h, s.pad_w, s.dilation_h, s.dilation_w, s.groups, nodes[i].residual >= 0, plan_.fused_into_[i] >= 0}];
+      Kind& kind = kinds[{s.N, s.H, s.W, s.C, s.K, s.R, s.S, s.P, s.Q, s.stride_h, s.stride_w, s.pad_h, s.pad_w, s.dilation_h, s.dilation_w, s.groups, plan_.fused_into_[i] >= 0}];
       kind.members.push_back(i);
       if (kind.members.size() > 1) continue;
       ConvConfig all[64];
@@ -115,12 +116,10 @@ class Tuner {
         const bool again = std::tie(first.algorithm, first.block_rows, first.block_cols, first.split_cols) == std::tie(all[c].algorithm, all[c].block_rows, all[c].block_cols, all[c].split_cols);
         if (!barred && !again) kind.candidates.push_back(all[c]);
       }
-      // One algorithm after the other: weights are packed anew only where it changes.
-      std::stable_sort(kind.candidates.begin() + 1, kind.candidates.end(), [](const ConvConfig& a, const ConvConfig& b) { return a.algorithm < b.algorithm; });
     }
     std::vector<Kind> out;
     for (auto& entry : kinds) {
-      entry.second.best.assign(entry.second.candidates.size(), 1e30);
+      entry.second.best.assign(entry.second.candidates.size(), kUntried);
       if (entry.second.candidates.size() > 1) out.push_back(std::move(entry.second));
     }
     return out;
@@ -131,7 +130,11 @@ class Tuner {
     plan_.packed_[node] = plan_.network_->packed(node, config.algorithm, plan_.planned_shape(node), plan_.threads_);
   }
 
-  static int winner(const Kind& kind) { return int(std::min_element(kind.best.begin(), kind.best.end()) - kind.best.begin()); }
+  // The fastest; the heuristic's own unless something beats it by more than the clock's noise.
+  static int winner(const Kind& kind) {
+    const int best = int(std::min_element(kind.best.begin(), kind.best.end()) - kind.best.begin());
+    return kind.best[size_t(best)] < 0.97 * kind.best[0] ? best : 0;
+  }
 
   // Empties the queues: each run of the network tries one queued candidate in every convolution.
   void measure_queues(std::vector<Kind>& kinds) {
@@ -166,22 +169,43 @@ class Tuner {
     }
   }
 
+  template <class Wanted>
+  void queue_where(std::vector<Kind>& kinds, const Wanted& wanted) {
+    for (Kind& kind : kinds) {
+      const double best = *std::min_element(kind.best.begin(), kind.best.end());
+      for (int c = int(kind.candidates.size()) - 1; c >= 0; --c) {
+        const bool first = c == 0 && kind.best[0] == kUntried;
+        if (first || (kind.best[size_t(c)] == kUntried && wanted(kind, kind.candidates[size_t(c)], best))) kind.queue.push_back(c);
+      }
+    }
+    measure_queues(kinds);
+  }
+
   void choose_configs() {
     std::vector<Kind> kinds = find_kinds();
     if (kinds.empty()) return;
     const std::vector<ConvConfig> start = plan_.configs_;
-    for (Kind& kind : kinds) {
-      for (int c = int(kind.candidates.size()) - 1; c >= 0; --c) kind.queue.push_back(c);
+    // First each algorithm and each way of sharing it with its default blocks; then the blocks of those within reach
+    // of the best; then the best few again, until luck is out of it.
+    queue_where(kinds, [](const Kind&, const ConvConfig& c, double) { return c.block_rows == 0 && c.block_cols == 0; });
+    queue_where(kinds, [&](const Kind& kind, const ConvConfig& c, double best) {
+      double family = kUntried;
+      for (size_t i = 0; i < kind.candidates.size(); ++i) {
+        const ConvConfig& other = kind.candidates[i];
+        if (other.algorithm == c.algorithm && other.split_cols == c.split_cols) family = std::min(family, kind.best[i]);
+      }
+      return family < (effort_ > 1 ? 1.5 : 1.25) * best;
+    });
+    for (int round = 0; round < effort_; ++round) {
+      for (Kind& kind : kinds) {
+        std::vector<int> order(kind.candidates.size());
+        for (int i = 0; i < int(order.size()); ++i) order[size_t(i)] = i;
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return kind.best[size_t(a)] < kind.best[size_t(b)]; });
+        order.resize(std::min(order.size(), size_t(3)));
+        kind.queue.assign(order.rbegin(), order.rend());
+      }
+      measure_queues(kinds);
     }
-    measure_queues(kinds);
-    for (Kind& kind : kinds) {  // the best three once more
-      std::vector<int> order(kind.candidates.size());
-      for (int i = 0; i < int(order.size()); ++i) order[size_t(i)] = i;
-      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return kind.best[size_t(a)] < kind.best[size_t(b)]; });
-      order.resize(std::min(order.size(), size_t(3)));
-      kind.queue.assign(order.rbegin(), order.rend());
-    }
-    measure_queues(kinds);
     for (Kind& kind : kinds) {
       for (int node : kind.members) set(node, kind.candidates[size_t(winner(kind))]);
     }
@@ -212,6 +236,7 @@ class Tuner {
 
   Plan& plan_;
   const Choices& given_;
+  const int effort_;
   const double deadline_;
   Buffer x_, out_;
 };
