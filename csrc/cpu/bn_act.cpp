@@ -51,12 +51,9 @@ static void chunk_moments(const T* x, int64_t stride, const Tile& t, const Momen
     store(m.sum + c, zero());
     store(m.square + c, zero());
   });
-  int64_t i = 0;
-  for (; i + kGroupRows <= size; i += kGroupRows)
-    for_columns(t.col_begin, t.col_end,
-                [&](int64_t c, auto lanes) { add_rows<kGroupRows>(row + i * stride, stride, m, c, lanes); });
-  for (; i < size; ++i)
-    for_columns(t.col_begin, t.col_end, [&](int64_t c, auto lanes) { add_rows<1>(row + i * stride, stride, m, c, lanes); });
+  for_groups(t, size_t(stride) * sizeof(T), [&](int64_t at, auto rows) {
+    for_columns(t.col_begin, t.col_end, [&](int64_t c, auto lanes) { add_rows<rows.value>(x + at * stride, stride, m, c, lanes); });
+  });
 }
 
 // Merges the chunks of kMergeBlock channels in order: two passes over the partials, in float64.

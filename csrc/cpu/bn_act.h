@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "../bn_act.h"
 #include "parallel.h"
@@ -14,7 +15,8 @@ namespace rf {
 namespace RF_ISA {
 
 constexpr int64_t kColumnGrain = 64;         // channels; a cut narrower than a cache line of bf16 shares lines
-constexpr int64_t kGroupRows = 8;            // rows summed in registers before they meet an accumulator
+constexpr int kGroupRows = 4;                // short rows summed in registers before they meet an accumulator
+constexpr size_t kShortRow = 256;            // bytes; longer rows are read one by one: zigzag over them halves DRAM's rate
 constexpr int kMergeBlock = 16;               // channels whose partial sums are merged together: one line of floats
 constexpr int64_t kThreadElements = 8192;    // a share below it is not worth a thread
 constexpr size_t kStreamBytes = 24u << 20;   // outputs this large bypass the caches (measured, see bn_act.cpp)
@@ -24,8 +26,8 @@ RF_INLINE int64_t round_up(int64_t n, int64_t grain) { return (n + grain - 1) / 
 
 // Few enough chunks that their partial sums stay in cache, few enough rows that float32 sums stay accurate.
 inline int64_t chunk_rows(int64_t rows) {
-  const int64_t wanted = round_up((rows + 127) / 128, kGroupRows);
-  return wanted < 64 ? 64 : least(wanted, 1024);
+  const int64_t wanted = round_up((rows + 127) / 128, 8);
+  return wanted < 64 ? 64 : least(wanted, 512);
 }
 
 struct Grid {
@@ -76,6 +78,15 @@ RF_INLINE void for_columns(int64_t begin, int64_t end, const Body& body) {
   int64_t c = begin;
   for (; c + kLanes <= end; c += kLanes) body(c, Whole{});
   if (c < end) body(c, Part{int(end - c)});
+}
+
+// Calls body(first row, constant row count) over a tile's rows in groups.
+template <class Body>
+RF_INLINE void for_groups(const Tile& t, size_t row_bytes, const Body& body) {
+  int64_t row = t.row_begin;
+  if (row_bytes <= kShortRow)
+    for (; row + kGroupRows <= t.row_end; row += kGroupRows) body(row, std::integral_constant<int, kGroupRows>{});
+  for (; row < t.row_end; ++row) body(row, std::integral_constant<int, 1>{});
 }
 
 inline bool can_stream(const void* out, const Grid& grid, DType dtype) {

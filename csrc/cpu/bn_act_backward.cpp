@@ -26,7 +26,7 @@ RF_INLINE Vec masked_dy(const T* dy, const T* y, Vec x, const Affine& k, int64_t
 }
 
 // Adds `rows` rows to the tile's sums of g and g * (x - mean); writes dresidual, and dx where it needs no sums.
-template <int rows, class T, Mask mask, bool keep_g, bool eval_dx>
+template <int rows, class T, Mask mask, bool keep_g, bool eval_dx, bool streamed>
 RF_INLINE void reduce_rows(const BnActBackwardArgs& a, const Backward& b, float* sums, float* dots, int64_t row,
                            const Tile& t) {
   const T *dy = static_cast<const T*>(a.dy), *x = static_cast<const T*>(a.x), *y = static_cast<const T*>(a.y);
@@ -40,24 +40,24 @@ RF_INLINE void reduce_rows(const BnActBackwardArgs& a, const Backward& b, float*
       const Vec g = masked_dy<mask>(dy, y, xv, b.k, at, c, lanes);
       sum = sum + g;
       dot = fma(g, xv - mean, dot);
-      if (keep_g) store(dresidual + at + c, g, lanes);
-      if (eval_dx) store(dx + at + c, g * load(b.k.scale + c), lanes);
+      if (keep_g) put<streamed>(dresidual + at + c, g, lanes);
+      if (eval_dx) put<streamed>(dx + at + c, g * load(b.k.scale + c), lanes);
     }
     store(sums + c, load(sums + c) + sum);
     store(dots + c, load(dots + c) + dot);
   });
 }
 
-template <class T, Mask mask, bool keep_g, bool eval_dx>
+template <class T, Mask mask, bool keep_g, bool eval_dx, bool streamed>
 static void reduce_tile(const BnActBackwardArgs& a, const Backward& b, float* sums, float* dots, const Tile& t) {
   for_columns(t.col_begin, t.col_end, [&](int64_t c, auto) {
     store(sums + c, zero());
     store(dots + c, zero());
   });
-  int64_t row = t.row_begin;
-  for (; row + kGroupRows <= t.row_end; row += kGroupRows)
-    reduce_rows<kGroupRows, T, mask, keep_g, eval_dx>(a, b, sums, dots, row, t);
-  for (; row < t.row_end; ++row) reduce_rows<1, T, mask, keep_g, eval_dx>(a, b, sums, dots, row, t);
+  for_groups(t, size_t(a.channels) * sizeof(T), [&](int64_t row, auto rows) {
+    reduce_rows<rows.value, T, mask, keep_g, eval_dx, streamed>(a, b, sums, dots, row, t);
+  });
+  if (streamed) stream_fence();
 }
 
 template <class T, Mask mask, bool streamed>
@@ -113,15 +113,15 @@ static void finish_channels(const BnActBackwardArgs& a, const Grid& grid, const 
   }
 }
 
-template <class T, Mask mask>
+template <class T, Mask mask, bool streamed>
 static void reduce_any(const BnActBackwardArgs& a, const Backward& b, float* sums, float* dots, const Tile& t) {
   const bool eval_dx = a.dx && !a.training;
   if (a.dresidual)
-    eval_dx ? reduce_tile<T, mask, true, true>(a, b, sums, dots, t)
-            : reduce_tile<T, mask, true, false>(a, b, sums, dots, t);
+    eval_dx ? reduce_tile<T, mask, true, true, streamed>(a, b, sums, dots, t)
+            : reduce_tile<T, mask, true, false, streamed>(a, b, sums, dots, t);
   else
-    eval_dx ? reduce_tile<T, mask, false, true>(a, b, sums, dots, t)
-            : reduce_tile<T, mask, false, false>(a, b, sums, dots, t);
+    eval_dx ? reduce_tile<T, mask, false, true, streamed>(a, b, sums, dots, t)
+            : reduce_tile<T, mask, false, false, false>(a, b, sums, dots, t);
 }
 
 template <class T, Mask mask>
@@ -137,7 +137,7 @@ static void backward(const BnActBackwardArgs& a, const Grid& grid) {
   const Backward b = {{at, at + grid.padded, at + 2 * grid.padded}, at + 3 * grid.padded, at + 4 * grid.padded};
   const bool second_pass = a.dx && a.training;
   const bool reduce = !a.sums_given || !second_pass || a.dresidual;
-  const bool streamed = second_pass && can_stream(a.dx, grid, a.dtype);
+  const bool streamed = can_stream(a.dx, grid, a.dtype) && can_stream(a.dresidual, grid, a.dtype);
   parallel(useful_threads(a.threads, grid), [&](const Team& team) {
     const Range channels = team.share(grid.channels, kMergeBlock);
     start_channels(a, b, channels);
@@ -145,7 +145,8 @@ static void backward(const BnActBackwardArgs& a, const Grid& grid) {
     if (reduce) {
       for_tiles(team, grid, false, [&](const Tile& t) {
         float* sums = partials + 2 * t.chunk * grid.padded;
-        reduce_any<T, mask>(a, b, sums, sums + grid.padded, t);
+        streamed ? reduce_any<T, mask, true>(a, b, sums, sums + grid.padded, t)
+                 : reduce_any<T, mask, false>(a, b, sums, sums + grid.padded, t);
       });
       team.sync();
     }
