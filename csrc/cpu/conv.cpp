@@ -84,8 +84,8 @@ static int candidates(const ConvShape& s, DType t, int threads, ConvConfig* out,
     }
     for (int split = 0; split < (threads > 1 ? 2 : 1); ++split) {
       for (int rows = 0; rows <= 4 * kTileRows; rows = rows ? 2 * rows : kTileRows) {
-        for (int cols = 0; cols <= 64; cols += 64) {
-          if (cols && (a == kDirectIndex || s.K <= cols)) continue;
+        for (int cols = 0; cols <= 128; cols += 128) {
+          if (cols && (a == kDirectIndex || s.K < cols)) continue;
           ConvConfig c;
           c.algorithm = a;
           c.block_rows = rows;

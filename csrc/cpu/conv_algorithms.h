@@ -25,5 +25,10 @@ RF_INLINE size_t odd_lines(size_t bytes) { return (ceil_div(bytes, size_t(64)) |
 
 RF_INLINE int64_t depth_of(const ConvShape& s) { return s.R * s.S * (s.C / s.groups); }
 
+// Sharing output channels instead of rows pays where a thread's rows would not fill one tile.
+RF_INLINE bool prefer_split_cols(int64_t rows, int64_t cols, int threads) {
+  return threads > 1 && rows < int64_t(kTileRows) * threads && cols >= int64_t(2 * kPanel) * threads;
+}
+
 }  // namespace RF_ISA
 }  // namespace rf

@@ -7,7 +7,11 @@ namespace RF_ISA {
 void direct_bf16(const ConvArgs&, const Team&);  // conv_direct_bf16.cpp
 
 static const char* why_not(const ConvShape& s, DType) { return s.planar ? "direct reads NHWC only" : nullptr; }
-static ConvConfig defaults(const ConvShape&, DType, int) { return {}; }
+static ConvConfig defaults(const ConvShape& s, DType, int threads) {
+  ConvConfig c;
+  c.split_cols = s.groups == 1 && prefer_split_cols(s.N * s.P * s.Q, s.K, threads);
+  return c;
+}
 static size_t packed_bytes(const ConvShape& s, DType t) {
   return t == DType::f32 ? direct_packed_bytes<float>(s) : direct_packed_bytes<Bf16Word>(s);
 }

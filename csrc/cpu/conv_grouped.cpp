@@ -71,11 +71,12 @@ void sum_pixels(const ConvShape& s, const float* x, const Steps& step, const flo
   const int per_group = int(s.C / s.groups);
   Vec acc[kPixels];
   RF_UNROLL for (int i = 0; i < kPixels; ++i) acc[i] = zero();
+  alignas(64) int32_t from[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) from[lane] = lane & -per_group;  // the group's first channel
+  const Lanes first = load_lanes(from);
   for (int64_t r = 0; r < s.R; ++r, x += step.row) {
-    for (int j = 0; j < per_group; ++j) {
-      alignas(64) int32_t from[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) from[lane] = lane / per_group * per_group + j;
-      const Lanes lanes = load_lanes(from);
+    Lanes lanes = first;
+    for (int j = 0; j < per_group; ++j, lanes = next(lanes)) {
       const float* tap = x;
       for (int64_t t = 0; t < s.S; t += kTaps, tap += kTaps * step.tap, w += kTaps * kLanes) {
         Vec filter[kTaps];

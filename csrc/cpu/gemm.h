@@ -155,6 +155,13 @@ __attribute__((noinline)) void store_ragged(const float* sums, int rows, const E
 
 template <int kRows, class Word, class T>
 void conv_tile(const Word* a, const Word* b, int64_t chunks, const Epilogue<T>& e) {
+  // The rows of y and residual are far apart, so only this brings them in while the sums are made.
+  RF_UNROLL for (int r = 0; r < kRows; ++r) {
+    for (int64_t i = 0; i < int64_t(kPanel * sizeof(T)); i += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(e.y + r * e.stride) + i, 1);
+      if (e.residual) __builtin_prefetch(reinterpret_cast<const char*>(e.residual + r * e.stride) + i);
+    }
+  }
   Vec acc[kRows][2];
   product<kRows>(acc, a, b, chunks);
   if (e.cols < kPanel) {

@@ -87,6 +87,7 @@ struct Lanes {
   __m512i v;
 };
 RF_INLINE Lanes load_lanes(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+RF_INLINE Lanes next(Lanes a) { return {_mm512_add_epi32(a.v, _mm512_set1_epi32(1))}; }
 RF_INLINE Vec permute(Vec a, Lanes from) { return {_mm512_permutexvar_ps(from.v, a.v)}; }
 
 #elif defined(__AVX2__)
@@ -145,6 +146,7 @@ struct Lanes {
   __m256i v;
 };
 RF_INLINE Lanes load_lanes(const int32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+RF_INLINE Lanes next(Lanes a) { return {_mm256_add_epi32(a.v, _mm256_set1_epi32(1))}; }
 RF_INLINE Vec permute(Vec a, Lanes from) { return {_mm256_permutevar8x32_ps(a.v, from.v)}; }
 
 #else  // portable: four floats the compiler may map to whatever it has (SSE2, NEON)
@@ -186,6 +188,10 @@ RF_INLINE Lanes load_lanes(const int32_t* p) {
   Lanes out;
   std::memcpy(out.v, p, sizeof(out.v));
   return out;
+}
+RF_INLINE Lanes next(Lanes a) {
+  for (int i = 0; i < kLanes; ++i) ++a.v[i];
+  return a;
 }
 RF_INLINE Vec permute(Vec a, Lanes from) { RF_LANES(a.v[from.v[i]]); }
 #undef RF_LANES

@@ -17,10 +17,14 @@ static const char* why_not(const ConvShape& s, DType) {
 static const char* why_not4(const ConvShape& s, DType t) {
   return t == DType::f32 ? why_not(s, t) : "F(4x4) loses six times eager's accuracy in bfloat16; F(2x2) does not";
 }
-static ConvConfig defaults(const ConvShape&, DType, int) { return {}; }
 
 template <int M>
 struct Doors {
+  static ConvConfig defaults(const ConvShape& s, DType, int threads) {
+    ConvConfig c;
+    c.split_cols = prefer_split_cols(s.N * ceil_div(s.P, int64_t(M)) * ceil_div(s.Q, int64_t(M)), s.K, threads);
+    return c;
+  }
   static size_t packed_bytes(const ConvShape& s, DType t) {
     return t == DType::f32 ? WinogradPlan<M, float>(s, {}).weight_bytes() : WinogradPlan<M, Bf16Word>(s, {}).weight_bytes();
   }
@@ -39,8 +43,8 @@ struct Doors {
   }
 };
 
-const Algorithm kWinograd4 = {"winograd4", why_not4, defaults, Doors<4>::packed_bytes, Doors<4>::pack, Doors<4>::scratch_bytes, Doors<4>::run};
-const Algorithm kWinograd2 = {"winograd2", why_not, defaults, Doors<2>::packed_bytes, Doors<2>::pack, Doors<2>::scratch_bytes, Doors<2>::run};
+const Algorithm kWinograd4 = {"winograd4", why_not4, Doors<4>::defaults, Doors<4>::packed_bytes, Doors<4>::pack, Doors<4>::scratch_bytes, Doors<4>::run};
+const Algorithm kWinograd2 = {"winograd2", why_not, Doors<2>::defaults, Doors<2>::packed_bytes, Doors<2>::pack, Doors<2>::scratch_bytes, Doors<2>::run};
 
 }  // namespace RF_ISA
 }  // namespace rf

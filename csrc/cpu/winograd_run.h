@@ -23,10 +23,11 @@ struct WinogradPlan {
     chunks = ceil_div(s.C, int64_t(kChunk<Word>));
     words = chunks * kLanes;
     panels = ceil_div(s.K, int64_t(kPanel));
-    block_panels = smaller(panels, ceil_div(int64_t(c.block_cols > 0 ? c.block_cols : 128), int64_t(kPanel)));
-    const int64_t per_tile = kPoints * int64_t(words * sizeof(Word) + block_panels * kPanel * sizeof(float));
-    const int64_t fit = larger((640 << 10) / per_tile / kTileRows * kTileRows, int64_t(kTileRows));
-    block_tiles = smaller(tiles, c.block_rows > 0 ? int64_t(c.block_rows) : fit);
+    block_panels = smaller(panels, ceil_div(int64_t(c.block_cols > 0 ? c.block_cols : 64), int64_t(kPanel)));
+    // About 28 tiles, so that V and the sums of 64 channels share L2 with the weights; from 256 channels on the
+    // weights come from L3 or memory instead, and more tiles should see them.
+    const int64_t usual = (s.C >= 256 ? 56 : 28) / kTileRows * kTileRows;
+    block_tiles = smaller(tiles, c.block_rows > 0 ? int64_t(c.block_rows) : usual);
     v_stride = int64_t(odd_lines(size_t(block_tiles * words) * sizeof(Word)) / sizeof(Word));
     sum_stride = int64_t(odd_lines(size_t(block_tiles * block_panels * kPanel) * sizeof(float)) / sizeof(float));
     v_bytes = odd_lines(size_t(v_stride) * kPoints * sizeof(Word));
