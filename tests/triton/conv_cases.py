@@ -110,3 +110,16 @@ def check_backward(name, dtype, wants=(True, True, True), device="cpu", seed=0):
         ), part
         if wanted:
             within_law(a, b, t, f"{name} {part} {dtype}", allowance(x, s.abs().max()))
+
+
+def check_statistics(name, dtype, bias=True, device="cpu", seed=0):
+    """The statistics epilogue: the convolution bit for bit, its output's mean and variance."""
+    x, weight, geometry = given(name, dtype, seed, device)
+    b = random((weight.shape[0],), dtype, seed + 2, device, shift=3.0) if bias else None
+    y, mean, var = room("conv2d").forward_statistics(x, weight, b, *geometry)
+    assert torch.equal(y, room("conv2d").fwd(x, weight, b, *geometry))
+    truth = y.double()
+    scale = float(truth.abs().max())
+    torch.testing.assert_close(mean.double(), truth.mean((0, 2, 3)), rtol=0, atol=2.0**-22 * scale)
+    variance = truth.var((0, 2, 3), unbiased=False)
+    assert ((var.double() - variance).abs() <= 1e-5 * variance + 1e-12).all(), (var, variance)

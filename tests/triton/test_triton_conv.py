@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import FLOATS, random, room
-from conv_cases import GEOMETRIES, check_backward, check_forward, check_fused
+from cases import FLOATS, check_add_relu, check_bn_act, check_max_pool, random, room
+from conv_cases import GEOMETRIES, check_backward, check_forward, check_fused, check_statistics
 
 from resnet_fast.ops.conv2d.triton_tiles import Tile, gemm_tiles, use, wgrad_tiles
 
@@ -20,6 +20,11 @@ def test_forward(simulator, name, dtype, order):
 def test_backward(simulator, name, dtype, order):
     with simulator.running(order):
         check_backward(name, dtype)
+
+
+def test_statistics(simulator):
+    with simulator.running(5):
+        check_statistics("3x3", torch.bfloat16)
 
 
 def test_split(simulator):
@@ -60,6 +65,7 @@ def test_proof_tiles(simulator, tile, dtype):
     with simulator.running(6), use(tile):
         check_fused(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), dtype)
         check_fused(((2, 128, 9, 11), (128, 128, 1, 1), 1, 0, 1, 1), dtype)
+        check_statistics(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), dtype)
         check_backward(((1, 64, 9, 11), (64, 64, 3, 3), 1, 1, 1, 1), dtype, (True, False, False))
 
 
@@ -90,8 +96,7 @@ def test_proof_weight_gradient_tiles(simulator, dtype, taps):
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name, dtype", list(zip(GEOMETRIES, FLOATS[::-1] * 7)))  # the dtypes in turn
 def test_proof_geometries(simulator, name, dtype):
     with simulator.running(len(name)):
         check_forward(name, dtype, seed=7)
@@ -106,3 +111,41 @@ def test_proof_full_precision(simulator, monkeypatch):
         for name in ("3x3", "3x3 stride 2", "1x1", "stem"):
             check_fused(name, torch.float32)
             check_backward(name, torch.float32)
+
+
+@pytest.mark.proof
+def test_proof_sizes_of_one(simulator):
+    """Arguments equal to 1 become constants of the compilation."""
+    with simulator.running(3):
+        check_bn_act((1, 16, 1, 1), torch.float32, residual=True, training=False)
+        check_bn_act((1, 16, 1, 2), torch.bfloat16, residual=True)
+        check_add_relu((1, 1, 1, 1), torch.float32)
+        check_max_pool((1, 16, 1, 1), torch.float32, (3, 3), (2, 2), (1, 1))
+        for x, filters in (
+            ((1, 16, 1, 1), (16, 16, 1, 1)),
+            ((1, 16, 3, 3), (1, 16, 3, 3)),
+            ((1, 1, 3, 3), (1, 1, 3, 3)),
+        ):
+            check_fused((x, filters, 1, 0, 1, 1), torch.bfloat16)
+            check_backward((x, filters, 1, 0, 1, 1), torch.bfloat16)
+
+
+@pytest.mark.proof
+def test_proof_stem_reads_any_strides(simulator):
+    x, weight = random((2, 3, 18, 22), torch.bfloat16, 0), random((16, 3, 7, 7), torch.bfloat16, 1)
+    window = ([2, 2], [3, 3], [1, 1], 1)
+    expected = room("conv2d").fwd
+    with simulator.running(3):
+        first = expected(x, weight, None, *window)
+        assert torch.equal(first, expected(x.contiguous(), weight.contiguous(), None, *window))
+        part = x[:, :, 1:, ::2]
+        assert torch.equal(expected(part, weight, None, *window), expected(part.contiguous(), weight, None, *window))
+
+
+@pytest.mark.proof
+def test_proof_statistics_merge_in_two_levels(simulator, monkeypatch):
+    from resnet_fast.ops.bn_act import triton as bn
+
+    monkeypatch.setattr(bn, "MERGE", (2, 16))
+    with simulator.running(1), use(Tile(32, 32, 16)):
+        check_statistics(((4, 16, 17, 19), (24, 16, 3, 3), 1, 1, 1, 1), torch.float32)

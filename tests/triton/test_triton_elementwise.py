@@ -64,8 +64,8 @@ def test_compulsory_bytes(simulator):
 
 @pytest.mark.proof
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("channels", [1, 3, 5, 65, 127, 256])
-@pytest.mark.parametrize("order", [0, 11, 12])
+@pytest.mark.parametrize("channels", [1, 5, 65, 127])
+@pytest.mark.parametrize("order", [0, 11])
 def test_proof_bn_act(simulator, channels, dtype, order):
     with simulator.running(order):
         for training in (True, False):
@@ -76,7 +76,7 @@ def test_proof_bn_act(simulator, channels, dtype, order):
 
 @pytest.mark.proof
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("channels", [1, 3, 5, 65, 127])
+@pytest.mark.parametrize("channels", [1, 5, 65, 127])
 def test_proof_others(simulator, channels, dtype):
     for order in (0, 13):
         with simulator.running(order):

@@ -28,19 +28,33 @@ def _rows(x: Tensor) -> int:
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """The batch's mean and biased variance per channel, float32; x dense in channels_last."""
-    from resnet_fast.ops.bn_act.triton_kernels import bn_merge, bn_statistics
+    from resnet_fast.ops.bn_act.triton_kernels import bn_statistics
 
     m, c = _rows(x), x.shape[1]
     block_r, block_c = rooms.rows_tile(c, widest=REDUCE)
     rows = rooms.chunk_rows(m, c, block_r, block_c, x.device)
     chunks = -(-m // rows)
     part = x.new_empty(2, chunks, c, dtype=torch.float32)
-    mean, var = x.new_empty(c, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
     tile = dict(C=c, BLOCK_R=block_r, BLOCK_C=block_c)
     rooms.launch(bn_statistics, (chunks, -(-c // block_c)), dict(x_ptr=x, part_ptr=part, M=m, rows=rows), tile)
-    args = dict(mean_ptr=mean, var_ptr=var, part_ptr=part, M=m, rows=rows, chunks=chunks)
+    return merge(part, m, rows)
+
+
+def merge(part: Tensor, m: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of m rows out of part[2, chunks, C]: mean, squared deviations of every `rows` rows."""
+    from resnet_fast.ops.bn_act.triton_kernels import bn_merge
+
+    _, chunks, c = part.shape
     tile = dict(C=c, BLOCK_R=MERGE[0], BLOCK_C=MERGE[1])
-    rooms.launch(bn_merge, (-(-c // MERGE[1]),), args, tile)
+    if chunks > 16 * MERGE[0]:  # one program per 16 channels would take too long over them: groups first
+        groups = -(-chunks // MERGE[0])
+        merged = part.new_empty(2, groups, c)
+        args = dict(mean_ptr=merged[0], var_ptr=merged[1], part_ptr=part, M=m, rows=rows, chunks=chunks, per=MERGE[0])
+        rooms.launch(bn_merge, (-(-c // MERGE[1]), groups), args, tile | dict(FINAL=False))
+        part, rows, chunks = merged, rows * MERGE[0], groups
+    mean, var = part.new_empty(c), part.new_empty(c)
+    args = dict(mean_ptr=mean, var_ptr=var, part_ptr=part, M=m, rows=rows, chunks=chunks, per=chunks)
+    rooms.launch(bn_merge, (-(-c // MERGE[1]), 1), args, tile | dict(FINAL=True))
     return mean, var
 
 

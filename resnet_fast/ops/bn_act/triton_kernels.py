@@ -82,35 +82,44 @@ def bn_statistics(x_ptr, part_ptr, M, rows, C: tl.constexpr, BLOCK_R: tl.constex
 
 @triton.jit
 def bn_merge(
-    mean_ptr, var_ptr, part_ptr, M, rows, chunks,
-    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    mean_ptr, var_ptr, part_ptr, M, rows, chunks, per,
+    C: tl.constexpr, FINAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Chan's merge in two passes over the chunks: the mean, then deviations around it. mean, biased var."""
+    """Chan's merge in two passes over `per` chunks of `rows` rows: the mean, then deviations around it.
+
+    FINAL: mean and biased variance of all; else mean and sum of squared deviations of each group of chunks.
+    """
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = channel_mask(offs_c, C, BLOCK_C)
+    group = tl.program_id(1).to(tl.int64)
+    begin = group * per
+    stop = tl.minimum(begin + per, chunks).to(tl.int32)
     offs_r = tl.arange(0, BLOCK_R)
     # Relative to the first chunk's mean: rounding errors then scale with the spread, not with the mean.
-    first = tl.load(part_ptr + offs_c, mask=mask_c, other=0.0)
+    first = tl.load(part_ptr + begin * C + offs_c, mask=mask_c, other=0.0)
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for r in range(0, chunks, BLOCK_R):
+    for r in range(begin.to(tl.int32), stop, BLOCK_R):
         i = (r + offs_r).to(tl.int64)
-        mask = (i < chunks)[:, None] & mask_c[None, :]
+        mask = (i < stop)[:, None] & mask_c[None, :]
         n = tl.minimum(M - i * rows, rows).to(tl.float32)
         mean = tl.load(part_ptr + i[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
         acc += tl.where(mask, (mean - first[None, :]) * n[:, None], 0.0)
-    count = M * tl.full([], 1.0, tl.float32)
+    count = (tl.minimum(M - begin * rows, per * tl.full([], 1, tl.int64) * rows)).to(tl.float32)
     mean_all = first + tl.div_rn(tl.sum(acc, 0), count)
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for r in range(0, chunks, BLOCK_R):
+    for r in range(begin.to(tl.int32), stop, BLOCK_R):
         i = (r + offs_r).to(tl.int64)
-        mask = (i < chunks)[:, None] & mask_c[None, :]
+        mask = (i < stop)[:, None] & mask_c[None, :]
         n = tl.minimum(M - i * rows, rows).to(tl.float32)
         at = part_ptr + i[:, None] * C + offs_c[None, :]
         d = tl.load(at, mask=mask, other=0.0) - mean_all[None, :]
         m2 = tl.load(at + chunks * tl.full([], C, tl.int64), mask=mask, other=0.0)
         acc += tl.where(mask, m2 + d * d * n[:, None], 0.0)
-    tl.store(mean_ptr + offs_c, mean_all, mask=mask_c)
-    tl.store(var_ptr + offs_c, tl.div_rn(tl.sum(acc, 0), count), mask=mask_c)
+    m2_all = tl.sum(acc, 0)
+    if FINAL:
+        m2_all = tl.div_rn(m2_all, count)
+    tl.store(mean_ptr + group * C + offs_c, mean_all, mask=mask_c)
+    tl.store(var_ptr + group * C + offs_c, m2_all, mask=mask_c)
 
 
 @triton.jit

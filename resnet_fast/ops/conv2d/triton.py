@@ -70,10 +70,10 @@ def launch_gather(
     """Run `gather_gemm` with a tile; see the kernel for the words of `geometry`."""
     from resnet_fast.ops.conv2d.triton_kernels import gather_gemm, split_finish
 
-    none = dict.fromkeys(("residual_ptr", "scale_ptr", "shift_ptr"))
+    none = dict.fromkeys(("residual_ptr", "scale_ptr", "shift_ptr", "part_ptr"))
     extra = none | (epilogue or {})
     whole = geometry["OH"] == geometry["OW"] == 1  # every pixel of the output is a row
-    split = tile.split if whole and not geometry["RUN"] else 1
+    split = tile.split if whole and not geometry["RUN"] and extra["part_ptr"] is None else 1
     block_k = rooms.next_power_of_2(geometry["V"] * geometry["CG"]) if geometry["RUN"] else tile.k
     constants = geometry | dict(
         RELU=relu and split == 1, SPLIT=split, PRECISION=precision(source), BLOCK_M=tile.m, BLOCK_N=tile.n,
@@ -88,7 +88,7 @@ def launch_gather(
     rooms.launch(gather_gemm, grid, dict(out_ptr=part) | args | none, constants, tile.warps, tile.stages)
     block_m, block_n = rooms.rows_tile(geometry["CO"], 1024)
     constants = dict(CO=geometry["CO"], RELU=relu, SPLIT=split, BLOCK_M=block_m, BLOCK_N=block_n)
-    args = dict(out_ptr=out, part_ptr=part, M=rows) | extra
+    args = extra | dict(out_ptr=out, part_ptr=part, M=rows)
     rooms.launch(split_finish, (-(-rows // block_m), -(-geometry["CO"] // block_n)), args, constants)
 
 
@@ -176,8 +176,15 @@ class Stem:
         return columns[:, :, self.lead : self.lead + s, :c].permute(0, 3, 1, 2).contiguous()
 
 
-def forward(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, out: Tensor, epilogue, relu) -> None:
-    """out = act(epilogue(conv(x)))."""
+def forward(
+    x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, out: Tensor, epilogue, relu, statistics=False
+) -> tuple[Tensor, int] | None:
+    """out = act(epilogue(conv(x))).
+
+    Returns:
+        With `statistics` the mean and squared deviations of every tile's rows, for `bn_act.triton.merge`, and the rows
+        of a tile.
+    """
     n, _, p, q = out.shape
     stem = Stem.of(x, weight, stride, padding, dilation, groups)
     if stem is not None:
@@ -185,13 +192,34 @@ def forward(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, o
     x, weight = common.channels_last(x), krsc(weight)
     geometry = forward_geometry(x, weight, (p, q), stride, padding, dilation, groups)
     rows = n * p * q
+    parts = None
 
     def run(tile: tiles.Tile) -> None:
-        launch_gather(out, x, weight, rows, geometry, groups, tile, epilogue, relu)
+        nonlocal parts
+        given = epilogue
+        if statistics:
+            part = out.new_empty(2, -(-rows // tile.m), out.shape[1], dtype=torch.float32)
+            parts, given = (part, tile.m), epilogue | dict(part_ptr=part)
+        launch_gather(out, x, weight, rows, geometry, groups, tile, given, relu)
 
     given = [k for k, v in epilogue.items() if v is not None]
-    key = f"forward {precision(x)} {x.dtype} {rows} {groups} {relu} {given} {list(geometry.values())}"
+    key = f"forward {precision(x)} {x.dtype} {rows} {groups} {relu} {statistics} {given} {list(geometry.values())}"
     tiles.choose(key, _candidates(x, rows, geometry, groups), run, x.device)
+    return parts
+
+
+def forward_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution, and mean and biased variance of its (rounded) output per channel without reading it again.
+
+    A building block for operators that normalise with batch statistics: it saves bn_act's first pass.
+    """
+    from resnet_fast.ops.bn_act.triton import merge
+
+    out = common.empty_convolution(x, weight, stride, padding, dilation)
+    part, rows = forward(x, weight, stride, padding, dilation, groups, out, dict(shift_ptr=bias), False, True)
+    return out, *merge(part, out.numel() // out.shape[1], rows)
 
 
 def fwd(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import FLOATS, random
-from conv_cases import GEOMETRIES, check_backward, check_forward, check_fused
+from conv_cases import GEOMETRIES, check_backward, check_forward, check_fused, check_statistics
 
 from resnet_fast import functional
 from resnet_fast.backends import use_backend
@@ -29,6 +29,12 @@ def test_backward(name, dtype):
 def test_epilogues(residual, relu, affine):
     check_fused("odd channels", torch.bfloat16, residual, relu, affine)
     check_fused("odd channels", torch.bfloat16, residual, relu, affine, other=torch.float32)
+
+
+@pytest.mark.parametrize("name, dtype", QUICK[::3])
+def test_statistics(name, dtype):
+    with use(Tile(32, 32, 16)):
+        check_statistics(name, dtype)
 
 
 @pytest.mark.parametrize("bits", range(8))
