@@ -8,7 +8,7 @@ print(resnet_fast.explain(model))     # what runs fused, and what does not and w
 
 from importlib.metadata import PackageNotFoundError, version
 
-from resnet_fast import functional, nn
+from resnet_fast import functional, models, nn
 from resnet_fast.backends import exact, use_backend
 from resnet_fast.convert import convert, explain, restore
 from resnet_fast.freeze import freeze
@@ -18,4 +18,4 @@ try:
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+source"
 
-__all__ = ["convert", "exact", "explain", "freeze", "functional", "nn", "restore", "use_backend"]
+__all__ = ["convert", "exact", "explain", "freeze", "functional", "models", "nn", "restore", "use_backend"]

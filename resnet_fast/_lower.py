@@ -40,7 +40,7 @@ def lower(root: nn.Module, program: Program, dtype: torch.dtype, device: torch.d
     if _native.why_not():
         raise Unsupported(str(_native.why_not()))
     lowering = _Lowering(root, program, dtype)
-    return Network(lowering.net, lowering.flat, lowering.names, lowering.fingerprint(), dtype, exact)
+    return Network(lowering, dtype, exact)
 
 
 class _Lowering:
@@ -49,7 +49,8 @@ class _Lowering:
     def __init__(self, root: nn.Module, program: Program, dtype: torch.dtype) -> None:
         self.root = root
         self.net = _native.module().Network(_native.DTYPES[dtype])
-        self.values: dict[Ref, int] = {Ref(0): self.net.input(self.input_channels(program))}
+        self.channels = self.input_channels(program)
+        self.values: dict[Ref, int] = {Ref(0): self.net.input(self.channels)}
         self.flats: set[int] = set()
         self.pooled: set[int] = set()
         self.names: dict[int, str] = {}
@@ -293,16 +294,19 @@ _FUNCTIONS: dict[Any, Callable[..., int]] = {
 class Network:
     """A compiled network and its plans, one per shape and thread count, made at first sight."""
 
-    def __init__(self, net: Any, flat: bool, names: dict[int, str], fingerprint: str, dtype: torch.dtype, exact: bool):
-        self.net, self.flat, self.names, self.fingerprint = net, flat, names, fingerprint
+    def __init__(self, lowering: _Lowering, dtype: torch.dtype, exact: bool) -> None:
+        self.net, self.flat, self.names = lowering.net, lowering.flat, lowering.names
+        self.channels, self.fingerprint = lowering.channels, lowering.fingerprint()
         self.dtype, self.exact = dtype, exact
         self._plans: dict[tuple[int, int, int, int], Any] = {}
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the plan of x's shape."""
-        if x.dim() != 4:
-            raise ValueError(f"a frozen network wants an input of shape (N, C, H, W), got {tuple(x.shape)}")
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"this network wants an input of shape (N, {self.channels}, H, W), got {tuple(x.shape)}")
+        if x.shape[0] == 0:
+            return self(x.new_zeros(1, *x.shape[1:]))[:0]
         if x.dtype not in _native.DTYPES:
             x = x.to(self.dtype)
         last = x.is_contiguous(memory_format=torch.channels_last)

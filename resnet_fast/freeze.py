@@ -114,7 +114,7 @@ class Frozen(nn.Module):
         """The plan's steps; with an input, those of its shape with the algorithm each one runs."""
         if self.network is not None:
             return self.network.explain(x)
-        return Report([Row("", "Frozen", 0, self.reason or "")] + getattr(self.program, "rows", list)())
+        return Report([Row("", "Frozen", 0, self.reason or ""), *getattr(self.program, "rows", list)()])
 
     def extra_repr(self) -> str:
         """How it runs."""
