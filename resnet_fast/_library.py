@@ -40,6 +40,19 @@ def define(name: str, schema: str, *, door: str = "fwd", fake: Callable[..., Any
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def compose(name: str, schema: str, *, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable:
+    """Register an operator made of several others' doors, each run in the room chosen for it; return its overload.
+
+    Args:
+        name, schema, fake: as in `define`.
+        run: computes the outputs, by `backends.run`.
+    """
+    _lib.define(f"{name}{schema}")
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 def autograd(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Give an operator its gradient: `setup(ctx, inputs, output)` saves, `backward(ctx, *grads)` computes.
 

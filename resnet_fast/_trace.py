@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from resnet_fast.nn import fused
-from resnet_fast.nn.program import AddReLU, Call, ConvBNAct, MaxPool, Path, Program, Ref, Step, settings
+from resnet_fast.nn.program import AddReLU, Call, ConvBNAct, MaxPool, Path, Program, Ref, Step, chained, settings
 
 _ADDS = {operator.add, operator.iadd, torch.add}
 _INPLACE_ADDS = {operator.iadd}
@@ -78,18 +78,19 @@ def trace(module: nn.Module, *, deep: bool = False) -> Program:
     finally:
         for name, value in before.items():  # a forward that counts its calls must not count this one
             setattr(module, name, value)
-    return _Fuser(module, graph, tracer.containers).program(before)
+    return _Fuser(module, graph, tracer.containers, chains=not deep).program(before)
 
 
 class _Fuser:
     """Finds the chains of one graph."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, containers: list) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, containers: list, chains: bool) -> None:
         self.root = root
         self.nodes = list(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.calls = Counter(id(self.module(n)) for n in self.nodes if n.op == "call_module")
         self.containers = containers
+        self.chains = chains
         self.left: list[str] = []
         self.bypassed: list[fx.Node] = []
         self.inside: set[fx.Node] = set()  # nodes a chain has swallowed
@@ -248,5 +249,7 @@ class _Fuser:
                 steps.append(AddReLU(ref(what[1]), ref(what[2]), out))
             else:
                 steps.append(MaxPool(path_of(what[1].target), ref(what[2]), out))
+        if self.chains:
+            steps = chained(steps, output)
         bypassed = [(path_of(n.target), type(self.module(n))) for n in self.bypassed]
         return Program(steps, len(refs), output, state, bypassed, self.containers, self.left)

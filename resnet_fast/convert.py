@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resnet_fast import backends, functional  # noqa: F401  (functional registers the operators)
 from resnet_fast._trace import Untraceable, trace, transparent
 from resnet_fast.nn import BasicBlock, Bottleneck, ConvBNAct
-from resnet_fast.nn.program import Call, Program
+from resnet_fast.nn.program import Call, Program, fused_count
 
 Model = TypeVar("Model", bound=nn.Module)
 _NATIVE = (BasicBlock, Bottleneck, ConvBNAct)
@@ -192,7 +192,7 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Report:
         kind = type(module).__name__
         if is_converted(module):
             program = module.__dict__[_KEY].get(module.training) or next(iter(module.__dict__[_KEY].values()))
-            count = sum(not isinstance(s, Call) for s in program.steps)
+            count = fused_count(program.steps)
             reason = program.why_not(module)
             rows.append(Row(name, kind, 0 if reason else count, reason or "; ".join(program.left)))
         elif isinstance(module, _NATIVE):

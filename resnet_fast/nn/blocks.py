@@ -63,8 +63,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
         shortcut = project(x, self.downsample)
-        y = fused.conv_bn_act(x, self.conv1, self.bn1)
-        return fused.conv_bn_act(y, self.conv2, self.bn2, residual=shortcut)
+        return fused.chain(x, [(self.conv1, self.bn1), (self.conv2, self.bn2)], shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -109,9 +108,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))."""
         shortcut = project(x, self.downsample)
-        y = fused.conv_bn_act(x, self.conv1, self.bn1)
-        y = fused.conv_bn_act(y, self.conv2, self.bn2)
-        return fused.conv_bn_act(y, self.conv3, self.bn3, residual=shortcut)
+        links = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+        return fused.chain(x, links, shortcut)
 
 
 def project(x: Tensor, downsample: nn.Module | None) -> Tensor:

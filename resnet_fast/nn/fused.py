@@ -7,6 +7,8 @@ call, and the modules themselves are run then.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -48,6 +50,33 @@ def conv_bn_act(
         x, conv.weight, conv.bias, mean, var, bn.weight, bn.bias, residual,
         training, momentum, bn.eps, act, conv.stride, conv.padding, conv.dilation, conv.groups,
     )  # fmt: skip
+
+
+def chain(
+    x: Tensor,
+    links: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]],
+    residual: Tensor | None = None,
+    act: str | None = "relu",
+) -> Tensor:
+    """A block's main path: every link a convolution and its norm, ReLU between links; act(... + residual) at the end.
+
+    With gradients the activations between the links are not kept but computed again in backward.
+    """
+    plain = isinstance(x, Proxy) or any(why_not_fused(conv, bn) or isinstance(conv.padding, str) for conv, bn in links)
+    if plain or len(links) == 1 or not torch.is_grad_enabled():
+        for conv, bn in links[:-1]:
+            x = conv_bn_act(x, conv, bn)
+        return conv_bn_act(x, *links[-1], residual, act)
+    conv, bn = links[0]
+    z = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    for conv, following in links[1:]:
+        mean, var, training, momentum = _statistics(bn)
+        z = functional.bn_act_conv2d(
+            z, mean, var, bn.weight, bn.bias, conv.weight, conv.bias, training, momentum, bn.eps,
+            conv.stride, conv.padding, conv.dilation, conv.groups,
+        )  # fmt: skip
+        bn = following
+    return bn_act(z, bn, residual, act)
 
 
 def bn_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: str | None = "relu") -> Tensor:

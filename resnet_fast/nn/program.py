@@ -7,6 +7,7 @@ of its owner at every call, and the owner's own forward runs when they have chan
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,26 @@ class ConvBNAct:
     def reads(self) -> list[Ref]:
         """The values this step uses."""
         return [self.x] if self.residual is None else [self.x, self.residual]
+
+
+@dataclass
+class Chain:
+    """Several ConvBNAct in a row, of which only the last's output is read elsewhere: a residual block's main path."""
+
+    links: list[ConvBNAct]
+    out: Ref
+
+    def run(self, root: nn.Module, values: list[Any]) -> Tensor:
+        """Run on the module's own parameters."""
+        last = self.links[-1]
+        residual = None if last.residual is None else values[last.residual]
+        pairs = [(resolve(root, link.conv), resolve(root, link.bn)) for link in self.links]
+        return fused.chain(values[self.links[0].x], pairs, residual, last.act)
+
+    def reads(self) -> list[Ref]:
+        """The values this step uses."""
+        last = self.links[-1].residual
+        return [self.links[0].x] if last is None else [self.links[0].x, last]
 
 
 @dataclass
@@ -120,7 +141,30 @@ class Call:
         return found
 
 
-Step = ConvBNAct | AddReLU | MaxPool | Call
+Step = ConvBNAct | Chain | AddReLU | MaxPool | Call
+
+
+def chained(steps: list[Step], output: Any) -> list[Step]:
+    """Join convolutions with norms that follow each other and are read by nothing else."""
+    readers = Counter(ref for step in steps for ref in step.reads())
+    _visit(output, lambda ref: readers.update([ref]))
+    joined: dict[Ref, list[ConvBNAct]] = {}  # a chain that may go on, by the value it ends in
+    place: list[Step | None] = list(steps)
+    for i, step in enumerate(steps):
+        if not isinstance(step, ConvBNAct) or step.conv is None:
+            continue
+        links = [*joined.pop(step.x, []), step]
+        for link in links[:-1]:
+            place[steps.index(link)] = None
+        place[i] = Chain(links, step.out) if len(links) > 1 else step
+        if step.act == "relu" and step.residual is None and readers[step.out] == 1:
+            joined[step.out] = links
+    return [step for step in place if step is not None]
+
+
+def fused_count(steps: list[Step]) -> int:
+    """How many of a program's steps run fused, every link of a chain counted."""
+    return sum(len(s.links) if isinstance(s, Chain) else not isinstance(s, Call) for s in steps)
 
 
 def _fill(data: Any, values: list[Any]) -> Any:

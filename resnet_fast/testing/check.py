@@ -138,7 +138,8 @@ def _distance(t: Tensor, truth: Tensor) -> float:
 
 def _formatted(inputs: Mapping[str, Any], layout: torch.memory_format) -> dict[str, Any]:
     return {
-        k: v.contiguous(memory_format=layout) if isinstance(v, Tensor) and v.dim() == 4 else v for k, v in inputs.items()
+        k: v.contiguous(memory_format=layout) if isinstance(v, Tensor) and v.dim() == 4 else v
+        for k, v in inputs.items()
     }
 
 

@@ -54,8 +54,12 @@ def test_in_place(dtype):
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa(isa):
     env = {**os.environ, "RESNET_FAST_ISA": isa}
-    probe = subprocess.run([sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True)
+    probe = subprocess.run(
+        [sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True
+    )
     if probe.returncode:
         pytest.skip(probe.stderr.strip().splitlines()[-1])
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__], env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__], env=env, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout[-3000:]

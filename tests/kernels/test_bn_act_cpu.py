@@ -19,7 +19,18 @@ from resnet_fast import _C
 DTYPES = [torch.float32, torch.bfloat16]
 ISAS = ["default", "avx2", "avx512", "avx512_bf16"]
 # N, C, H, W: tails of every vector width, one row more than a chunk, few rows of many channels
-SHAPES = [(2, 1, 3, 3), (3, 3, 5, 7), (2, 5, 9, 4), (1, 64, 8, 8), (4, 65, 6, 7), (2, 127, 3, 2), (8, 16, 8, 8), (5, 32, 13, 1), (6, 1000, 1, 1), (3, 8, 40, 40)]
+SHAPES = [
+    (2, 1, 3, 3),
+    (3, 3, 5, 7),
+    (2, 5, 9, 4),
+    (1, 64, 8, 8),
+    (4, 65, 6, 7),
+    (2, 127, 3, 2),
+    (8, 16, 8, 8),
+    (5, 32, 13, 1),
+    (6, 1000, 1, 1),
+    (3, 8, 40, 40),
+]
 EPS = 1e-5
 
 
@@ -61,14 +72,40 @@ def forward(x, gamma=None, beta=None, residual=None, relu=True, given=None, eps=
     return y, mean, var, rstd
 
 
-def backward(dy, x, mean, var, y=None, gamma=None, beta=None, relu=True, training=True, wants="xgbr", eps=EPS, threads=1, sums=None, count=None):
+def backward(
+    dy,
+    x,
+    mean,
+    var,
+    y=None,
+    gamma=None,
+    beta=None,
+    relu=True,
+    training=True,
+    wants="xgbr",
+    eps=EPS,
+    threads=1,
+    sums=None,
+    count=None,
+):
     """dx, dgamma, dbeta, dresidual, None where the letter of `wants` is missing."""
     c = x.shape[1]
     dx = nans(*x.shape, dtype=x.dtype) if "x" in wants else None
     dgamma, dbeta = sums or (nans(c) if "g" in wants else None, nans(c) if "b" in wants else None)
     dresidual = nans(*x.shape, dtype=x.dtype) if "r" in wants else None
     pointers = [address(t) for t in (dx, dgamma, dbeta, dresidual, dy, x, y, gamma, beta, mean, var)]
-    _C.bn_act_backward(int(x.dtype == torch.bfloat16), *pointers, eps, rows_of(x), c, count or rows_of(x), training, relu, sums is not None, threads)
+    _C.bn_act_backward(
+        int(x.dtype == torch.bfloat16),
+        *pointers,
+        eps,
+        rows_of(x),
+        c,
+        count or rows_of(x),
+        training,
+        relu,
+        sums is not None,
+        threads,
+    )
     return dx, dgamma, dbeta, dresidual
 
 
@@ -101,7 +138,9 @@ class Errors:
         """Twice eager's error plus one rounding."""
         assert self.seen
         for what, (error, eager, rounding) in self.seen.items():
-            assert error <= 2 * eager + rounding, f"{what}: error {error:.3g}, eager's {eager:.3g}, one rounding {rounding:.3g}"
+            assert error <= 2 * eager + rounding, (
+                f"{what}: error {error:.3g}, eager's {eager:.3g}, one rounding {rounding:.3g}"
+            )
 
 
 def draws(shape: tuple[int, ...]) -> range:
@@ -216,7 +255,9 @@ def test_extreme_and_special_values():
     for scale in (1e20, 1e30, 1e-25):
         x = randn((4, 8, 9, 9), torch.float32) * scale
         y = forward(x, relu=False)[0]
-        torch.testing.assert_close(y, reference(x, None, None, None, False, None, dtype=torch.float32), rtol=1e-5, atol=1e-28)
+        torch.testing.assert_close(
+            y, reference(x, None, None, None, False, None, dtype=torch.float32), rtol=1e-5, atol=1e-28
+        )
         flat = torch.full((4, 8, 9, 9), scale).to(memory_format=torch.channels_last)
         y, mean, var, _ = forward(flat, relu=False)
         assert y.abs().max() == 0 and var.max() == 0 and (mean == flat[0, 0, 0, 0]).all()
@@ -242,7 +283,14 @@ def test_same_bits_for_any_thread_count(shape, dtype):
     first = None
     for threads in (1, 2, 3, 7, 16):
         y, mean, var, rstd = forward(x, gamma, beta, residual, threads=threads)
-        out = [y, mean, var, rstd, *backward(dy, x, mean, var, y, gamma, beta, threads=threads), *backward(dy, x, mean, var, None, gamma, beta, threads=threads)]
+        out = [
+            y,
+            mean,
+            var,
+            rstd,
+            *backward(dy, x, mean, var, y, gamma, beta, threads=threads),
+            *backward(dy, x, mean, var, None, gamma, beta, threads=threads),
+        ]
         first = first or out
         assert all(torch.equal(a, b) for a, b in zip(first, out)), threads
 
@@ -274,7 +322,9 @@ def test_sums_over_two_processes():
     halves = [(dy[:2], x[:2]), (dy[2:], x[2:])]
     parts = [backward(a, b, mean, var, None, gamma, beta, wants="gb") for a, b in halves]
     sums = tuple(parts[0][i] + parts[1][i] for i in (1, 2))
-    dx = torch.cat([backward(a, b, mean, var, None, gamma, beta, sums=sums, count=rows_of(x), wants="x")[0] for a, b in halves])
+    dx = torch.cat(
+        [backward(a, b, mean, var, None, gamma, beta, sums=sums, count=rows_of(x), wants="x")[0] for a, b in halves]
+    )
     torch.testing.assert_close(dx, joined[0], rtol=1e-5, atol=1e-6)
 
 
@@ -285,7 +335,9 @@ def test_running_statistics(momentum):
     wanted = [t.clone() for t in running]
     F.batch_norm(x, *wanted, training=True, momentum=momentum)
     _, mean, var, _ = forward(x, y=False)
-    _C.bn_update_running(running[0].data_ptr(), running[1].data_ptr(), mean.data_ptr(), var.data_ptr(), rows_of(x), 37, momentum)
+    _C.bn_update_running(
+        running[0].data_ptr(), running[1].data_ptr(), mean.data_ptr(), var.data_ptr(), rows_of(x), 37, momentum
+    )
     for a, b in zip(running, wanted):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
     before = running[1].clone()
@@ -305,7 +357,9 @@ def test_no_rows():
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa(isa):
     env = {**os.environ, "RESNET_FAST_ISA": isa}
-    probe = subprocess.run([sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True)
+    probe = subprocess.run(
+        [sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True
+    )
     if probe.returncode:
         pytest.skip(probe.stderr.strip().splitlines()[-1])
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "not streamed"]

@@ -41,11 +41,26 @@ class Case:
     @property
     def out(self) -> tuple[int, int]:
         reach = ((self.R - 1) * self.dilation[0], (self.S - 1) * self.dilation[1])
-        return tuple((size + 2 * p - r - 1) // s + 1 for size, p, r, s in zip((self.H, self.W), self.pad, reach, self.stride))
+        return tuple(
+            (size + 2 * p - r - 1) // s + 1 for size, p, r, s in zip((self.H, self.W), self.pad, reach, self.stride)
+        )
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return (self.N, self.H, self.W, self.C, self.K, self.R, self.S, *self.out, *self.stride, *self.pad, *self.dilation, self.groups)
+        return (
+            self.N,
+            self.H,
+            self.W,
+            self.C,
+            self.K,
+            self.R,
+            self.S,
+            *self.out,
+            *self.stride,
+            *self.pad,
+            *self.dilation,
+            self.groups,
+        )
 
     def __str__(self) -> str:
         text = f"{self.N}x{self.H}x{self.W}x{self.C}-{self.K}-{self.R}x{self.S}"
@@ -109,7 +124,9 @@ def address(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def conv(case: Case, config: tuple[int, ...], x, w, scale=None, shift=None, residual=None, relu=False, fold=None, threads=1):
+def conv(
+    case: Case, config: tuple[int, ...], x, w, scale=None, shift=None, residual=None, relu=False, fold=None, threads=1
+):
     """Packs and runs; x, residual NCHW in the storage dtype, w float32. Returns NCHW."""
     dtype = DTYPES.index(x.dtype)
     packed = aligned(_C.conv_packed_bytes(case.sizes, dtype, config[0]) // 4 + 1)
@@ -117,7 +134,20 @@ def conv(case: Case, config: tuple[int, ...], x, w, scale=None, shift=None, resi
     scratch = aligned(_C.conv_scratch_bytes(case.sizes, dtype, config, threads) // 4 + 1)
     y = torch.full((case.N, *case.out, case.K), math.nan, dtype=x.dtype)
     x, residual = nhwc(x), None if residual is None else nhwc(residual)
-    _C.conv_run(case.sizes, dtype, config, y.data_ptr(), x.data_ptr(), packed.data_ptr(), address(scale), address(shift), address(residual), relu, scratch.data_ptr(), threads)
+    _C.conv_run(
+        case.sizes,
+        dtype,
+        config,
+        y.data_ptr(),
+        x.data_ptr(),
+        packed.data_ptr(),
+        address(scale),
+        address(shift),
+        address(residual),
+        relu,
+        scratch.data_ptr(),
+        threads,
+    )
     return y.permute(0, 3, 1, 2)
 
 
@@ -167,7 +197,9 @@ def default(algorithm: int) -> tuple[int, int, int, int]:
 
 
 RUNS = [(case, dtype, algorithm) for case in CASES for dtype in DTYPES for algorithm in algorithms_for(case, dtype)]
-each_run = pytest.mark.parametrize("case,dtype,algorithm", RUNS, ids=[f"{c}-{str(d)[6:]}-{NAMES[a]}" for c, d, a in RUNS])
+each_run = pytest.mark.parametrize(
+    "case,dtype,algorithm", RUNS, ids=[f"{c}-{str(d)[6:]}-{NAMES[a]}" for c, d, a in RUNS]
+)
 
 
 @each_run
@@ -218,12 +250,18 @@ def test_nan_and_infinity_reach_the_outputs_they_should(case, dtype, algorithm, 
     at = (case.N - 1, case.C // 2, case.H // 2, case.W // 2)
     operands["x"][at] = value
     y = conv(case, default(algorithm), relu=True, **operands)
-    touched = reference(case, torch.float32, x=(~operands["x"].isfinite()).float(), w=torch.ones_like(operands["w"])) > 0
+    touched = (
+        reference(case, torch.float32, x=(~operands["x"].isfinite()).float(), w=torch.ones_like(operands["w"])) > 0
+    )
     expected = reference(case, torch.float32, relu=True, **operands)
     # Wherever eager is not finite, so are we (Winograd may turn an infinity into NaN); far away nothing changes.
     assert not y[~expected.isfinite()].isfinite().any()
     clean = dict(operands, x=operands["x"].nan_to_num(0.0, 0.0, 0.0))
-    far = ~F.max_pool2d(touched.float(), 2 * FAR + 1, 1, FAR).bool() if NAMES[algorithm].startswith("winograd") else ~touched
+    far = (
+        ~F.max_pool2d(touched.float(), 2 * FAR + 1, 1, FAR).bool()
+        if NAMES[algorithm].startswith("winograd")
+        else ~touched
+    )
     assert torch.equal(y[far], conv(case, default(algorithm), relu=True, **clean)[far])
 
 
@@ -267,7 +305,20 @@ def test_stem_reads_nchw(dtype):
         _C.conv_pack(planar, code, stem, packed.data_ptr(), w.data_ptr(), 0, 1)
         scratch = aligned(_C.conv_scratch_bytes(planar, code, default(stem), 2) // 4)
         y = torch.full((case.N, *case.out, case.K), math.nan, dtype=dtype)
-        _C.conv_run(planar, code, default(stem), y.data_ptr(), x.data_ptr(), packed.data_ptr(), 0, 0, 0, False, scratch.data_ptr(), 2)
+        _C.conv_run(
+            planar,
+            code,
+            default(stem),
+            y.data_ptr(),
+            x.data_ptr(),
+            packed.data_ptr(),
+            0,
+            0,
+            0,
+            False,
+            scratch.data_ptr(),
+            2,
+        )
         assert torch.equal(y.permute(0, 3, 1, 2), conv(case, default(stem), x, w))
 
 
@@ -280,9 +331,16 @@ def test_other_instruction_sets(isa):
     if os.environ.get("RESNET_FAST_ISA") or isa == _C.isa():
         pytest.skip("this is the instruction set under test already")
     env = dict(os.environ, RESNET_FAST_ISA=isa)
-    probe = subprocess.run([sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True)
+    probe = subprocess.run(
+        [sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True
+    )
     if "does not have it" in probe.stderr or "built with" in probe.stderr:
         pytest.skip(f"{isa} cannot run here")
     assert probe.stdout.strip() == isa, probe.stderr
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__], env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout[-4000:]

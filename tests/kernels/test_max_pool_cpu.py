@@ -53,13 +53,22 @@ def sizes(x, y, case):
 def pool(x, y, case, save=True, threads=1):
     out = torch.full_like(y, float("nan"))
     argmax = torch.full(y.shape, 255, dtype=torch.uint8).to(memory_format=torch.channels_last) if save else None
-    _C.max_pool_forward(int(x.dtype == torch.bfloat16), out.data_ptr(), argmax.data_ptr() if save else 0, x.data_ptr(), *sizes(x, y, case), threads)
+    _C.max_pool_forward(
+        int(x.dtype == torch.bfloat16),
+        out.data_ptr(),
+        argmax.data_ptr() if save else 0,
+        x.data_ptr(),
+        *sizes(x, y, case),
+        threads,
+    )
     return out, argmax
 
 
 def pool_backward(dy, argmax, x, case, threads=1):
     dx = torch.full_like(x, float("nan"))
-    _C.max_pool_backward(int(x.dtype == torch.bfloat16), dx.data_ptr(), dy.data_ptr(), argmax.data_ptr(), *sizes(x, dy, case), threads)
+    _C.max_pool_backward(
+        int(x.dtype == torch.bfloat16), dx.data_ptr(), dy.data_ptr(), argmax.data_ptr(), *sizes(x, dy, case), threads
+    )
     return dx
 
 
@@ -113,8 +122,12 @@ def test_same_bits_for_any_thread_count():
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa(isa):
     env = {**os.environ, "RESNET_FAST_ISA": isa}
-    probe = subprocess.run([sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True)
+    probe = subprocess.run(
+        [sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True
+    )
     if probe.returncode:
         pytest.skip(probe.stderr.strip().splitlines()[-1])
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__], env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__], env=env, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout[-3000:]

@@ -279,7 +279,9 @@ class Contract:
 
     # ---- NaN, infinities, empty batches
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e20], ids=["nan", "inf", "-inf", "1e20"])
+    @pytest.mark.parametrize(
+        "value", [float("nan"), float("inf"), -float("inf"), 1e20], ids=["nan", "inf", "-inf", "1e20"]
+    )
     def test_nonfinite(self, room, dtype, value):
         """NaN, infinities and huge numbers come out where eager has them, in every input in turn."""
         if dtype is torch.float16 and value == 1e20:

@@ -93,7 +93,11 @@ class TestAddRelu(Contract):
         for other, words in ((x[:, :2], "(2, 2, 4, 4)"), (x.to("meta"), "meta")):
             refused_as_eager(lambda o=other: functional.add_relu(x, o), lambda o=other: torch.relu(x + o), wants=words)
         # Eager would broadcast or count in integers; a residual block never means that.
-        for a, b, words in ((x, x[:, :, :1], "one shape"), (x.int(), x.int(), "int32"), (x.to(torch.complex64), x, "complex64")):
+        for a, b, words in (
+            (x, x[:, :, :1], "one shape"),
+            (x.int(), x.int(), "int32"),
+            (x.to(torch.complex64), x, "complex64"),
+        ):
             with pytest.raises(RuntimeError) as found:
                 functional.add_relu(a, b)
             refused(found.value, words)

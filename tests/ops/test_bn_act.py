@@ -208,7 +208,9 @@ class TestBnAct(Contract):
 
         check.compare(self.ours, self.plain, make, self.wants, self.kink)
 
-    @pytest.mark.parametrize("x, vectors", list(itertools.product((torch.float32, torch.float64), (torch.bfloat16, torch.float32))))
+    @pytest.mark.parametrize(
+        "x, vectors", list(itertools.product((torch.float32, torch.float64), (torch.bfloat16, torch.float32)))
+    )
     def test_refused_dtypes(self, x, vectors):
         """Parameters less precise than x, where eager refuses them."""
         inputs = self.make(Case((2, 8, 4, 4)), torch.float32)
@@ -305,7 +307,11 @@ class TestBnAct(Contract):
         one = torch.randn(1, 4, 1, 1)
         t = {"training": True}
         for words, args, settings in (
-            ("Expected more than 1 value per channel when training, got input size torch.Size([1, 4, 1, 1])", (one, v, v), t),
+            (
+                "Expected more than 1 value per channel when training, got input size torch.Size([1, 4, 1, 1])",
+                (one, v, v),
+                t,
+            ),
             ("eps", (x, v, v), t | {"eps": 0.0}),
             ("eps", (x, v, v), t | {"eps": -1.0}),
             ("eps", (x, v, v), {"eps": -1.0}),
@@ -345,5 +351,8 @@ class TestBnAct(Contract):
         """float64 has no kernel: the cpu room says so when it is asked for by name."""
         if "cpu" not in rooms.rooms(self.op) or rooms.cannot_run(self.op, "cpu"):
             pytest.skip("no cpu room here")
-        with backends.use_backend("cpu"), pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run bn_act.fwd: .*float64"):
+        with (
+            backends.use_backend("cpu"),
+            pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run bn_act.fwd: .*float64"),
+        ):
             functional.bn_act(torch.randn(2, 4, 5, 5).double(), None, None, training=True)

@@ -27,7 +27,9 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
         He et al., Deep Residual Learning for Image Recognition, 2015, section 3.2.
     """
     if x.shape != residual.shape:
-        raise RuntimeError(f"add_relu: wanted two tensors of one shape, got {tuple(x.shape)} and {tuple(residual.shape)}")
+        raise RuntimeError(
+            f"add_relu: wanted two tensors of one shape, got {tuple(x.shape)} and {tuple(residual.shape)}"
+        )
     common.check_floating("add_relu", "x", x)
     common.check_floating("add_relu", "residual", residual)
     common.check_same_device("add_relu", x=x, residual=residual)

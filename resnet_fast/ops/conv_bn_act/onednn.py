@@ -70,8 +70,6 @@ def fwd(
         y = pointwise(x, folded, shift, padding, stride, dilation, groups, "none", [], "")
     else:
         residual = common.channels_last(residual)
-        y = pointwise.binary(
-            x, residual, folded, shift, padding, stride, dilation, groups, "add", 1.0, None, [], ""
-        )
+        y = pointwise.binary(x, residual, folded, shift, padding, stride, dilation, groups, "add", 1.0, None, [], "")
     # Not as oneDNN's epilogue, which turns NaN into 0; in place, while y is still near.
     return common.as_output(y.relu_() if relu else y)

@@ -83,7 +83,9 @@ def _backward(ctx, dy: Tensor):
     with torch.enable_grad():
         tensors = list(ctx.saved_tensors)
         if not again:
-            tensors = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, ctx.needs_input_grad)]
+            tensors = [
+                None if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, ctx.needs_input_grad)
+            ]
         y = eager.fwd(*tensors, ctx.eps, ctx.relu, ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
         wanted = [t for t, n in zip(tensors, ctx.needs_input_grad) if n]
         grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))

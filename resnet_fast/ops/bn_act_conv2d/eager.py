@@ -1,0 +1,53 @@
+"""bn_act_conv2d in plain torch: the specification, for every dtype and device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fast.ops.bn_act import eager as bn_act
+from resnet_fast.ops.conv2d import eager as conv2d
+
+F = torch.nn.functional
+
+
+def why_not(door: str, *args: object) -> str | None:
+    """Eager always can."""
+    return None
+
+
+def fwd(
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution's output, and in training the batch's mean and biased variance."""
+    y, batch_mean, batch_var = bn_act.fwd(z, gamma, beta, mean, var, None, training, eps, True)
+    return conv2d.fwd(y, weight, bias, stride, padding, dilation, groups), batch_mean, batch_var
+
+
+def differentiable(
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    *window: list[int] | int,
+) -> Tensor:
+    """The convolution's output as a graph autograd can differentiate twice; with `training` mean and var are z's own."""
+    statistics = (None, None) if training else (mean, var)
+    return F.conv2d(torch.relu(F.batch_norm(z, *statistics, gamma, beta, training, 0.0, eps)), weight, bias, *window)
