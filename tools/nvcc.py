@@ -18,7 +18,7 @@ from pathlib import Path
 SOURCES = Path("csrc") / "cuda"
 #: One binary a generation (8.0 also runs on 8.6 and 8.9, 10.0 on 10.3, 12.0 on 12.1), and PTX of the last for what comes.
 DEFAULT_ARCHS = "80;90;100;120+PTX"
-FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 class NvccError(RuntimeError):
@@ -161,4 +161,5 @@ def build(target: str, folder: Path, bindings: str, force: bool = False) -> None
         objects = list(pool.map(one, sources()))
     stamp.write_text(shlex.join(flags))
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    run([_nvcc(), "-shared", "-cudart", "static", *arch_flags(archs())[:2], *objects, bindings, "-o", target])
+    run([_nvcc(), "-shared", "-cudart", "static", *arch_flags(archs())[:2], *objects, bindings, "-o", f"{target}.new"])
+    os.replace(f"{target}.new", target)  # a process that has the old one loaded keeps it

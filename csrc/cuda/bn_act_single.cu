@@ -3,7 +3,7 @@
 // The idea: a cooperative launch keeps two blocks on every multiprocessor; each copies its chunk of rows into shared
 // memory without passing registers (cp.async, all of it in flight at once), takes the chunk's moments, meets the others
 // at one grid-wide barrier, merges every chunk's moments for its own channels and applies from shared memory.
-// It fits up to about 14 MB of x on an A100 and 25 MB on an H100; larger tensors take the kernels of bn_act.cu.
+// It fits up to about 13 MB of x on an A100 and 25 MB on an H100; larger tensors take the kernels of bn_act.cu.
 #include <cooperative_groups.h>
 
 #include "bn_act.cuh"
