@@ -152,6 +152,15 @@ class Simulator:
                 assert missing == 0, f"{missing} bytes of an output {tuple(t.shape)} were not written"
         return out
 
+    def fits_single(self, x) -> bool:
+        """Whether bn_act's one-pass kernel takes x on this card."""
+        module = _native.cuda_module()
+        module.hook_launches(self._launch, self.sms, self.shared_per_block, self.shared_per_sm)
+        try:
+            return module.bn_act_fits_single(-1, 0, _native.CUDA_DTYPES[x.dtype], cuda_room.rows(x), x.shape[1])
+        finally:
+            module.hook_launches(None)
+
     def _launch(self, kernel, grid, block, shared, cooperative, arguments) -> None:
         import ptxsim
 

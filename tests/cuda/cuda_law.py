@@ -27,14 +27,15 @@ def vectors(c, seed=0, negative=True) -> tuple[Tensor, Tensor]:
 def assert_lawful(got: Tensor, eager: Tensor, exact: Tensor, what: str = "", size: float = 0.0) -> None:
     """Compare with float64: |got - exact| <= 2 max|eager - exact| + one rounding of the dtype, at every element.
 
-    The rounding is of the exact value, or of `size`: a sum that cancels is rounded at the size of its terms.
+    The arithmetic is float32's, and a sum that cancels is rounded at the size of its terms: one such rounding of `size`.
     """
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, wanted {tuple(exact.shape)}"
     assert got.dtype == eager.dtype, f"{what}: dtype {got.dtype}, wanted {eager.dtype}"
     assert torch.equal(got.isnan(), exact.isnan()), f"{what}: NaN in other places than in float64"
     if got.numel() == 0:
         return
-    one_rounding = torch.finfo(got.dtype).eps * exact.abs().clamp(min=size) + torch.finfo(got.dtype).smallest_normal
+    one_rounding = torch.finfo(got.dtype).eps * exact.abs() + torch.finfo(torch.float32).eps * size
+    one_rounding = one_rounding + torch.finfo(got.dtype).smallest_normal
     allowed = 2 * (eager.double() - exact).abs().nan_to_num(0.0).max() + one_rounding
     error = (got.double() - exact).abs().nan_to_num(0.0)
     worst = (error - allowed.nan_to_num(0.0)).argmax()
