@@ -194,10 +194,11 @@ def test_parametrised_and_pruned_convolutions(small):
     nn.utils.parametrizations.spectral_norm(small.layer1[0].conv1)
     prune.random_unstructured(small.layer2[0].conv2, "weight", amount=0.5)
     nn.utils.parametrizations.weight_norm(small.layer3[0].conv1)
-    small.eval()
-    model = resnet_fast.convert(copy.deepcopy(small))
+    x = torch.randn(2, 3, 64, 64)
+    want = run(small.eval(), x)
+    model = resnet_fast.convert(small)
     assert note(model, "layer1.0") and note(model, "layer2.0") and note(model, "layer3.0")
-    same_evaluation(small, model, torch.randn(2, 3, 64, 64))
+    torch.testing.assert_close(run(model, x), want, rtol=1e-4, atol=1e-4)
 
 
 class Odd(nn.Module):
@@ -319,14 +320,14 @@ def test_frozen_norms(small):
 def test_subsets_of_parameters(small, trained):
     for name, p in small.named_parameters():
         p.requires_grad_(name.startswith(trained))
-    plain, model = copy.deepcopy(small), resnet_fast.convert(small)
-    x = torch.randn(4, 3, 64, 64)
+    plain, model = copy.deepcopy(small).double(), resnet_fast.convert(small.double())
+    x = torch.randn(4, 3, 64, 64).double()
     for m in (plain, model):
         m(x).square().mean().backward()
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None:
-            torch.testing.assert_close(a.grad, b.grad, rtol=2e-2, atol=2e-2 * float(b.grad.abs().max()))
+            assert (a.grad - b.grad).norm() <= 1e-9 * b.grad.norm(), name
 
 
 def test_input_gradient_and_layouts(small):

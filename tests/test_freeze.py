@@ -245,7 +245,7 @@ def test_a_trained_model_keeps_its_predictions():
     block = resnet_fast.nn.BasicBlock(16, 16)
     model = nn.Sequential(stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(40):
+    for _ in range(120):
         picked = torch.randint(0, 1500, (64,))
         loss = nn.functional.cross_entropy(model(images[picked]), target[picked])
         optimiser.zero_grad()
