@@ -118,6 +118,12 @@ def like_input(grad: Tensor, x: Tensor) -> Tensor:
     return channels_last(grad)
 
 
+def like_weight(dw: Tensor, weight: Tensor) -> Tensor:
+    """A weight gradient with its weight's strides (where those are dense), so that autograd may keep it uncopied."""
+    want = torch.empty_like(weight)
+    return dw if dw.stride() == want.stride() else want.copy_(dw)
+
+
 def conv_output_size(n: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """floor((n + 2 padding - dilation (kernel - 1) - 1) / stride) + 1."""
     return (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
@@ -203,6 +209,6 @@ def empty_convolution_gradients(x, weight, wants):
     """The uninitialised dx, dw, dbias; empty where not wanted."""
     return (
         empty_output(x) if wants[0] else x.new_empty(0),
-        weight.new_empty(weight.shape) if wants[1] else x.new_empty(0),
+        torch.empty_like(weight) if wants[1] else x.new_empty(0),
         weight.new_empty(weight.shape[0]) if wants[2] else x.new_empty(0),
     )

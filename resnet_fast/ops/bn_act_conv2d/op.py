@@ -8,6 +8,7 @@ from torch import Tensor
 from resnet_fast import _library, backends
 from resnet_fast.ops import checks, common
 from resnet_fast.ops.bn_act_conv2d import eager
+from resnet_fast.ops.conv2d.op import gradients
 
 
 def bn_act_conv2d(
@@ -69,7 +70,7 @@ def _run_backward(
     window = (stride, padding, dilation, groups)
     y = backends.run("bn_act", "fwd", z, gamma, beta, mean, var, None, False, eps, True)[0]
     first = any(wants[:3])
-    dy, dw, db = backends.run("conv2d", "bwd", dout, y, weight, bias, *window, [first, wants[3], wants[4]])
+    dy, dw, db = gradients(dout, y, weight, bias, *window, [first, wants[3], wants[4]])
     del y
     if not first:
         none = z.new_empty(0)

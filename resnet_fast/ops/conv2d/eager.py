@@ -49,6 +49,6 @@ def bwd(
     )  # fmt: skip
     return (
         common.as_output(dx) if wants[0] else none,
-        dw.contiguous() if wants[1] else none.clone(),
+        dw if wants[1] else none.clone(),
         db if wants[2] else none.clone(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fast import _library
+from resnet_fast import _library, backends
 from resnet_fast.ops import common
 from resnet_fast.ops.conv2d import eager
 
@@ -49,6 +49,26 @@ def _fake_backward(dy, x, weight, bias, stride, padding, dilation, groups, wants
     return common.empty_convolution_gradients(x, weight, wants)
 
 
+def gradients(dy, x, weight, bias, stride, padding, dilation, groups, wants) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dw, dbias as far as wanted (empty where not).
+
+    Two calls of the room's door: the data gradient and the weight gradient are different convolutions, and the fastest
+    room of the one need not be that of the other.
+    """
+    given = (dy, x, weight, bias, stride, padding, dilation, groups)
+    dx = dw = db = None
+    if wants[0]:
+        dx = backends.run("conv2d", "bwd", *given, [True, False, False])[0]
+    if wants[1] or wants[2]:
+        _, dw, db = backends.run("conv2d", "bwd", *given, [False, *wants[1:]])
+    none = x.new_empty(0)
+    return (
+        none if dx is None else dx,
+        common.like_weight(dw, weight) if wants[1] else none.clone(),
+        db if wants[2] else none.clone(),
+    )
+
+
 def _setup(ctx, inputs, output) -> None:
     x, weight, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
     ctx.save_for_backward(x, weight)
@@ -77,12 +97,11 @@ _forward = _library.define(
     "(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     fake=_fake,
 )
-_gradient = _library.define(
+_gradient = _library.compose(
     "conv2d_backward",
     "(Tensor dy, Tensor x, Tensor weight, bool bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
     "bool[3] wants) -> (Tensor, Tensor, Tensor)",
-    door="bwd",
-    op="conv2d",
+    run=gradients,
     fake=_fake_backward,
 )
 _library.autograd("conv2d", _setup, _backward)
