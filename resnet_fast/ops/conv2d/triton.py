@@ -48,7 +48,9 @@ def precision(x: Tensor) -> str:
         return "interpreted"
     if x.dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    newer = getattr(torch.backends.cudnn, "conv", None)  # where it exists, the older flag may refuse to be read
+    allowed = torch.backends.cudnn.allow_tf32 if newer is None else newer.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def krsc(weight: Tensor) -> Tensor:

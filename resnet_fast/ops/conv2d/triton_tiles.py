@@ -21,7 +21,7 @@ from resnet_fast.ops import triton_common as rooms
 
 @dataclass(frozen=True)
 class Tile:
-    """BLOCK_M x BLOCK_N x BLOCK_K of the GEMM, warps, pipeline stages, and parts of a split GEMM_K (0: not decided)."""
+    """BLOCK_M x BLOCK_N x BLOCK_K of the GEMM, warps, pipeline stages, and parts a split GEMM_K has."""
 
     m: int
     n: int
