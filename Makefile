@@ -30,7 +30,7 @@ bench-ops: .venv-bench/.done  ## pytest-benchmark over the operators and models
 	.venv-bench/bin/python -m pytest benchmarks/ops benchmarks/models -o python_files='bench_*.py' -o python_functions='bench_*' $(PYTEST_ARGS)
 
 test: .venv-test/.done  ## the tests (< 15 minutes)
-	.venv-test/bin/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -m 'not slow and not gpu and not proof' $(PYTEST_ARGS)
 
 test-all: .venv-test/.done  ## the tests, the long ones too
 	.venv-test/bin/python -m pytest -m 'not gpu' $(PYTEST_ARGS)

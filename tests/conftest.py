@@ -14,6 +14,7 @@ from resnet_fast import _choices
 from resnet_fast.testing import rooms
 
 _folder = tempfile.TemporaryDirectory(prefix="resnet_fast-tests-")
+os.environ.setdefault("RESNET_FAST_TUNE", "0")  # the rooms' order decides, not this machine's noise
 os.environ["RESNET_FAST_CACHE"] = _folder.name  # before any test, and for the processes tests start
 
 

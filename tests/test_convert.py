@@ -360,14 +360,14 @@ def test_no_leak_and_repeatable(small):
 
 def test_double_backward(small):
     model, plain = resnet_fast.convert(copy.deepcopy(small).double()), small.double()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     norms = []
     for m in (model, plain):
         loss = m(x).square().mean()
         grads = torch.autograd.grad(loss, list(m.parameters()), create_graph=True)
         penalty = sum(g.square().sum() for g in grads)
         norms.append(torch.autograd.grad(penalty, m.conv1.weight)[0])
-    assert (norms[0] - norms[1]).norm() <= 1e-9 * norms[1].norm()
+    assert (norms[0] - norms[1]).norm() <= 1e-8 * norms[1].norm()  # a second derivative of batch statistics
 
 
 def test_compiles_whole(small):
