@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnet_fast import backends
 from resnet_fast.bench.gpu_resources import Launch, record
 
 
@@ -33,23 +34,24 @@ def launch_bytes(launch: Launch) -> int:
     return total
 
 
-def floor(name: str, args: tuple[Any, ...], out: Any) -> int:
+def floor(op: str, door: str, args: tuple[Any, ...], made: list[Tensor]) -> int:
     """The fewest bytes the operator's fusion allows: every tensor once in each of its passes."""
-    given, made = [t for t in args if isinstance(t, Tensor)], [out] if isinstance(out, Tensor) else list(out)
-    if name == "bn_act" and args[6]:  # statistics, then the apply pass
-        return bytes_of(*given, *made) + bytes_of(args[0])
-    if name == "bn_act_backward":  # reduce, then the apply pass on the masked gradient where that was written
+    given = [t for t in args if isinstance(t, Tensor)]
+    if op == "bn_act" and door == "fwd" and args[6]:  # statistics, then the apply pass
+        return bytes_of(*given, *made, args[0])
+    if op == "bn_act" and door == "bwd":  # reduce, then the apply pass on the masked gradient where that was written
         dy, x, y = args[:3]
         again = (x, made[3]) if args[10][3] else (x, dy, y)
-        return bytes_of(*given, *made) + (bytes_of(*again) if args[7] else 0)
-    if name == "conv2d_backward":  # dy is read for each of the two gradients
-        return bytes_of(*given, *made) + (bytes_of(args[0]) if args[8][0] and args[8][1] else 0)
+        return bytes_of(*given, *made) + (bytes_of(*again) if args[7] and args[10][0] else 0)
+    if op == "conv2d" and door == "bwd":
+        (dy, x, weight), wants = args[:3], args[8]
+        return bytes_of(*made) + wants[0] * bytes_of(dy, weight) + (wants[1] or wants[2]) * bytes_of(dy, x)
     return bytes_of(*given, *made)
 
 
 @dataclass
 class Traffic(TorchDispatchMode):
-    """Collects the bytes of every resnet_fast operator called while the mode is on: floor, and by launches."""
+    """Collects (operator, floor, bytes by the launches) of every door called while the mode is on."""
 
     rows: list[tuple[str, int, int]] = field(default_factory=list)
 
@@ -57,14 +59,25 @@ class Traffic(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.namespace == "resnet_fast":
-            name = func._schema.name.split("::")[1]
-            door = "bwd" if name.endswith("_backward") else "fwd"
-            room = importlib.import_module(f"resnet_fast.ops.{name.removesuffix('_backward')}.triton")
+        if func.namespace != "resnet_fast":
+            return func(*args, **(kwargs or {}))
+        before, backends.run = backends.run, self._run
+        try:  # the operator itself, not its fake: it asks `backends` for its doors
             with torch.utils._python_dispatch._disable_current_modes():
-                launches = record(lambda: getattr(room, door)(*args))
-            self.rows.append((name, floor(name, args, out), sum(map(launch_bytes, launches))))
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+        finally:
+            backends.run = before
+
+    def _run(self, op: str, door: str, *args: Any) -> Any:
+        room, out = importlib.import_module(f"resnet_fast.ops.{op}.triton"), None
+
+        def call() -> None:
+            nonlocal out
+            out = getattr(room, door)(*args)
+
+        launches = record(call)
+        made = [out] if isinstance(out, Tensor) else list(out)
+        self.rows.append((f"{op}.{door}", floor(op, door, args, made), sum(map(launch_bytes, launches))))
         return out
 
     def total(self) -> tuple[int, int]:
