@@ -31,6 +31,8 @@ VARIABLES = {
     "RESNET_FAST_TUNE": "0: never measure, take the first room that can",
     "RESNET_FAST_CACHE": "folder of the measured choices",
     "RESNET_FAST_ISA": "force the CPU kernels' instruction set (default, avx2, avx512, avx512_bf16)",
+    "RESNET_FAST_CUDA": "while building: 0 leaves the CUDA module out, 1 requires it (default: where nvcc is)",
+    "RESNET_FAST_CUDA_ARCHS": "while building: its architectures, such as 80;90+PTX",
 }
 
 Call = tuple[str, str, tuple[Any, ...]]

@@ -134,9 +134,12 @@ def compare(args: argparse.Namespace) -> int:
     Returns:
         1 when a result of this package broke the law or an engine of it failed, else 0.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    try:
+        import matplotlib  # noqa: F401  (missed at the end, it would cost the whole run)
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError as error:
+        raise BenchError(f"{error.name} is not installed; pip install 'resnet_fast[bench]'") from error
     begin = time.perf_counter()
     cases = cases_of(args)
     chosen = [args.engines or engines.defaults(case) for case in cases]
