@@ -236,7 +236,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     where = device_name(case.device) + (f", {case.threads} threads" if case.device == "cpu" else "")
     axes.set_title(
         f"{where}, {case.size} px, torch {torch.__version__.split('+')[0]}\n"
-        "white: images/s; whiskers: least and largest round",
+        "in the bars: images/s; whiskers: least and largest round",
         fontsize=10,
         loc="left",
     )
