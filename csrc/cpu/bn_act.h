@@ -3,12 +3,11 @@
 // neither the thread count nor timing can change a bit of any sum.
 #pragma once
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 
 #include "../bn_act.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace rf {
@@ -97,24 +96,6 @@ inline bool can_stream(const void* out, const Grid& grid, DType dtype) {
 inline int useful_threads(int threads, const Grid& grid) {
   const int64_t most = (grid.rows * grid.channels + kThreadElements - 1) / kThreadElements;
   return int(least(threads, most < 1 ? 1 : most));
-}
-
-// Float32 scratch of the calling thread, 64-byte aligned, kept between calls: fresh pages would fault each time.
-inline float* scratch(size_t floats) {
-  struct Buffer {
-    float* data = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  static thread_local Buffer buffer;
-  if (buffer.size < floats) {
-    std::free(buffer.data);
-    buffer.size = 0;
-    buffer.data = static_cast<float*>(std::aligned_alloc(64, size_t(round_up(int64_t(floats), 16)) * 4));
-    if (!buffer.data) throw std::bad_alloc();
-    buffer.size = floats;
-  }
-  return buffer.data;
 }
 
 // The constants of y = (x - mean) * scale + beta, padded to whole vectors so that no tail needs a mask on them.

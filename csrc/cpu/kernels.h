@@ -4,6 +4,7 @@
 #include "../add_relu.h"
 #include "../bn_act.h"
 #include "../conv.h"
+#include "../conv_backward.h"
 #include "../max_pool.h"
 #include "program.h"
 
@@ -23,6 +24,10 @@ struct Kernels {
   void (*bn_update_running)(const BnRunningArgs&);
   void (*max_pool_forward)(const MaxPoolArgs&);
   void (*max_pool_backward)(const MaxPoolBackwardArgs&);
+  ConvBackwardWhyNot wgrad_why_not;
+  void (*wgrad)(const WgradArgs&);
+  ConvBackwardWhyNot dgrad_why_not;
+  void (*dgrad)(const DgradArgs&);
 };
 
 // The set in use: the widest the machine has, or the one RESNET_FAST_ISA names.

@@ -13,6 +13,10 @@ void bn_act_backward(const BnActBackwardArgs&);
 void bn_update_running(const BnRunningArgs&);
 void max_pool_forward(const MaxPoolArgs&);
 void max_pool_backward(const MaxPoolBackwardArgs&);
+const char* wgrad_why_not(const ConvShape&, DType);
+void wgrad(const WgradArgs&);
+const char* dgrad_why_not(const ConvShape&, DType);
+void dgrad(const DgradArgs&);
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
@@ -25,6 +29,10 @@ const Kernels kKernels = {
     /*bn_update_running=*/bn_update_running,
     /*max_pool_forward=*/max_pool_forward,
     /*max_pool_backward=*/max_pool_backward,
+    /*wgrad_why_not=*/wgrad_why_not,
+    /*wgrad=*/wgrad,
+    /*dgrad_why_not=*/dgrad_why_not,
+    /*dgrad=*/dgrad,
 };
 
 }  // namespace RF_ISA

@@ -1,0 +1,191 @@
+// The data gradient of a convolution on the CPU, any stride and dilation, without a wasted tap.
+// Input pixels fall into stride_h * stride_w residue classes; inside one every pixel is reached by the same taps, at
+// fixed offsets in dy. So each class is a small dense convolution of dy: 2*N*P*Q*K*R*S*C flops in all, where a
+// convolution over dy stretched with zeros does stride^2 times that. Classes no tap reaches are zeros.
+// Blocks of pixels are gathered into gemm.h's tiles as conv_direct does; a tile's sums go to dx pixel by pixel,
+// because neighbours of a class lie `stride` apart. Stride 1 is one class; Winograd on flipped filters beats it at 3x3.
+#include "../conv_backward.h"
+
+#include "conv_direct.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace rf {
+namespace RF_ISA {
+
+namespace {
+
+constexpr int kMostTaps = 64;  // of one class
+constexpr int64_t kBlockBytes = 256 << 10;
+
+// Input pixels first + i * stride, i < count, and their taps: output pixel i + offset[t] through filter tap[t].
+struct Axis {
+  int64_t count = 0;
+  int taps = 0;
+  int64_t tap[kMostTaps], offset[kMostTaps];
+};
+
+Axis axis_of(int64_t first, int64_t size, int64_t filter, int64_t stride, int64_t pad, int64_t dilation) {
+  Axis axis;
+  axis.count = size > first ? ceil_div(size - first, stride) : 0;
+  for (int64_t t = 0; t < filter; ++t) {
+    const int64_t reach = first + pad - t * dilation;
+    if (reach % stride != 0) continue;
+    axis.tap[axis.taps] = t;
+    axis.offset[axis.taps++] = reach / stride;
+  }
+  return axis;
+}
+
+template <class Word>
+struct Class {
+  int64_t h0, w0;
+  Axis h, w;
+  int64_t rows, chunks, words;
+  Class(const ConvShape& s, int64_t h0_, int64_t w0_) : h0(h0_), w0(w0_) {
+    h = axis_of(h0, s.H, s.R, s.stride_h, s.pad_h, s.dilation_h);
+    w = axis_of(w0, s.W, s.S, s.stride_w, s.pad_w, s.dilation_w);
+    rows = s.N * h.count * w.count;
+    chunks = ceil_div(int64_t(h.taps * w.taps) * s.K, int64_t(kChunk<Word>));
+    words = chunks * kLanes;
+  }
+};
+
+// The class's filters as [panel of input channels][word of (tap, k)][kPanel], zeros beyond.
+template <class Word>
+void pack_panel(const DgradArgs& a, const Class<Word>& k, int64_t panel, Word* packed) {
+  using Element = typename WordOf<Word>::Element;
+  constexpr int kElements = WordOf<Word>::kElements;
+  const ConvShape& s = a.shape;
+  const int64_t c0 = panel * kPanel;
+  const int cols = int(smaller(int64_t(kPanel), s.C - c0));
+  Element* out = reinterpret_cast<Element*>(packed + panel * k.words * kPanel);
+  const int64_t depth = int64_t(k.h.taps * k.w.taps) * s.K;
+  std::memset(out + depth / kElements * kPanel * kElements, 0, size_t(k.words * kElements - depth / kElements * kElements) * kPanel * sizeof(Element));
+  if (cols < kPanel) std::memset(out, 0, size_t(k.words) * kPanel * kElements * sizeof(Element));
+  int64_t d = 0;
+  for (int i = 0; i < k.h.taps; ++i) {
+    for (int j = 0; j < k.w.taps; ++j) {
+      const float* w = a.w + k.h.tap[i] * a.stride_r + k.w.tap[j] * a.stride_s + c0 * a.stride_c;
+      for (int64_t n = 0; n < s.K; ++n, ++d, w += a.stride_k) {
+        Element* to = out + d / kElements * kPanel * kElements + d % kElements;
+        if (kElements == 1 && a.stride_c == 1 && cols == kPanel) {
+          store(to, load(w));
+          store(to + kLanes, load(w + kLanes));
+        } else {
+          for (int c = 0; c < cols; ++c) from_float(w[c * a.stride_c], to + c * kElements);
+        }
+      }
+    }
+  }
+}
+
+struct Pixel {
+  int64_t n, i, j;
+};
+template <class Word>
+RF_INLINE Pixel pixel_of(const Class<Word>& k, int64_t row) {
+  return {row / k.w.count / k.h.count, row / k.w.count % k.h.count, row % k.w.count};
+}
+
+// Rows [begin, end) of one tile: each pixel's reachable dy vectors in depth order, zeros where dy ends.
+template <class T, class Word>
+void gather_tile(const ConvShape& s, const Class<Word>& k, const T* dy, int64_t begin, int64_t end, Word* tile) {
+  using Element = typename WordOf<Word>::Element;
+  for (int64_t row = begin; row < end; ++row) {
+    const Pixel at = pixel_of(k, row);
+    RowWriter<T, Word> writer(reinterpret_cast<Element*>(tile) + (row - begin) * kChunk<Word>, (end - begin) * kChunk<Word>);
+    for (int i = 0; i < k.h.taps; ++i) {
+      const int64_t p = at.i + k.h.offset[i];
+      for (int j = 0; j < k.w.taps; ++j) {
+        const int64_t q = at.j + k.w.offset[j];
+        if (p < 0 || p >= s.P || q < 0 || q >= s.Q) writer.zeros(s.K);
+        else writer.copy(dy + ((at.n * s.P + p) * s.Q + q) * s.K, s.K);
+      }
+    }
+    writer.finish();
+  }
+}
+
+// Sums, rows kPanel apart (null: zeros), to their pixels of dx.
+template <class T, class Word>
+void scatter_tile(const ConvShape& s, const Class<Word>& k, T* dx, int64_t begin, int64_t end, int64_t c0, int64_t c1, const float* sums) {
+  for (int64_t row = begin; row < end; ++row) {
+    const Pixel at = pixel_of(k, row);
+    T* out = dx + ((at.n * s.H + k.h0 + at.i * s.stride_h) * s.W + k.w0 + at.j * s.stride_w) * s.C;
+    const float* in = sums ? sums + (row - begin) * kPanel : nullptr;
+    for (int64_t c = c0; c < c1; c += kLanes) {
+      const Vec v = in ? load(in + (c - c0)) : zero();
+      if (c + kLanes <= c1) store(out + c, v);
+      else store_n(out + c, v, int(c1 - c));
+    }
+  }
+}
+
+template <class T, class Word>
+void run_class(const DgradArgs& a, const Class<Word>& k, const Team& team, Word* packed, Word* block, int64_t block_rows) {
+  const ConvShape& s = a.shape;
+  const T* dy = static_cast<const T*>(a.dy);
+  T* dx = static_cast<T*>(a.dx);
+  const Range mine = team.share(k.rows, share_grain(k.rows, team.size));
+  if (k.chunks == 0) {
+    scatter_tile(s, k, dx, mine.begin, mine.end, 0, s.C, nullptr);
+    return;
+  }
+  const int64_t panels = ceil_div(s.C, int64_t(kPanel));
+  const Range to_pack = team.share(panels);
+  for (int64_t panel = to_pack.begin; panel < to_pack.end; ++panel) pack_panel(a, k, panel, packed);
+  team.sync();
+  alignas(64) float sums[kTileRows * kPanel];
+  const int64_t step = Blocks(mine.size(), block_rows).step;
+  for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
+    const int64_t end = smaller(begin + step, mine.end);
+    const TileRows tiles(end - begin);
+    for (int64_t t = 0; t < tiles.tiles; ++t)
+      gather_tile(s, k, dy, begin + tiles.first(t), begin + tiles.first(t + 1), block + tiles.first(t) * k.words);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t c0 = panel * kPanel, c1 = smaller(c0 + kPanel, s.C);
+      for (int64_t t = 0; t < tiles.tiles; ++t) {
+        const int64_t first = tiles.first(t), last = tiles.first(t + 1);
+        kSumTiles<Word>.at[last - first](block + first * k.words, packed + panel * k.words * kPanel, k.chunks, sums);
+        scatter_tile(s, k, dx, begin + first, begin + last, c0, c1, sums);
+      }
+    }
+  }
+  team.sync();  // the next class packs over these filters
+}
+
+template <class T, class Word>
+void dgrad_any(const DgradArgs& a) {
+  const ConvShape& s = a.shape;
+  int64_t most_words = 0, most_rows = kTileRows;
+  for (int64_t h = 0; h < s.stride_h; ++h)
+    for (int64_t w = 0; w < s.stride_w; ++w) most_words = larger(most_words, Class<Word>(s, h, w).words);
+  const int64_t fit = kBlockBytes / int64_t(sizeof(Word)) / larger(most_words, int64_t(1));
+  most_rows = larger(fit / kTileRows * kTileRows, most_rows);
+  const int64_t panels = ceil_div(s.C, int64_t(kPanel));
+  const int64_t packed_floats = panels * most_words * kPanel * int64_t(sizeof(Word)) / 4;
+  const int64_t block_floats = most_rows * most_words * int64_t(sizeof(Word)) / 4 + 16;
+  float* buffer = scratch(size_t(packed_floats + a.threads * block_floats));
+  parallel(a.threads, [&](const Team& team) {
+    Word* packed = reinterpret_cast<Word*>(buffer);
+    Word* block = reinterpret_cast<Word*>(buffer + packed_floats + team.rank * block_floats);
+    for (int64_t h = 0; h < s.stride_h; ++h)
+      for (int64_t w = 0; w < s.stride_w; ++w) run_class<T, Word>(a, Class<Word>(s, h, w), team, packed, block, most_rows);
+  });
+}
+
+}  // namespace
+
+const char* dgrad_why_not(const ConvShape& s, DType) {
+  if (s.groups != 1) return "grouped convolutions are left to torch";
+  if (s.R > kMostTaps || s.S > kMostTaps) return "filters of more than 64 rows or columns are left to torch";
+  return nullptr;
+}
+
+void dgrad(const DgradArgs& a) {
+  a.dtype == DType::f32 ? dgrad_any<float, float>(a) : dgrad_any<bf16, Bf16Word>(a);
+}
+
+}  // namespace RF_ISA
+}  // namespace rf
