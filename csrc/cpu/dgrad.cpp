@@ -80,20 +80,26 @@ void pack_panel(const DgradArgs& a, const Class<Word>& k, int64_t panel, Word* p
   }
 }
 
+// Pixel `row` of the class, then its successors: divisions a row would cost as much as the scatter.
 struct Pixel {
-  int64_t n, i, j;
+  int64_t rows, cols, n, i, j;
+  template <class Word>
+  Pixel(const Class<Word>& k, int64_t row)
+      : rows(k.h.count), cols(k.w.count), n(row / cols / rows), i(row / cols % rows), j(row % cols) {}
+  RF_INLINE void next() {
+    if (++j < cols) return;
+    j = 0;
+    if (++i < rows) return;
+    i = 0, ++n;
+  }
 };
-template <class Word>
-RF_INLINE Pixel pixel_of(const Class<Word>& k, int64_t row) {
-  return {row / k.w.count / k.h.count, row / k.w.count % k.h.count, row % k.w.count};
-}
 
 // Rows [begin, end) of one tile: each pixel's reachable dy vectors in depth order, zeros where dy ends.
 template <class T, class Word>
 void gather_tile(const ConvShape& s, const Class<Word>& k, const T* dy, int64_t begin, int64_t end, Word* tile) {
   using Element = typename WordOf<Word>::Element;
-  for (int64_t row = begin; row < end; ++row) {
-    const Pixel at = pixel_of(k, row);
+  Pixel at(k, begin);
+  for (int64_t row = begin; row < end; ++row, at.next()) {
     RowWriter<T, Word> writer(reinterpret_cast<Element*>(tile) + (row - begin) * kChunk<Word>, (end - begin) * kChunk<Word>);
     for (int i = 0; i < k.h.taps; ++i) {
       const int64_t p = at.i + k.h.offset[i];
@@ -110,8 +116,8 @@ void gather_tile(const ConvShape& s, const Class<Word>& k, const T* dy, int64_t 
 // Sums, rows kPanel apart (null: zeros), to their pixels of dx.
 template <class T, class Word>
 void scatter_tile(const ConvShape& s, const Class<Word>& k, T* dx, int64_t begin, int64_t end, int64_t c0, int64_t c1, const float* sums) {
-  for (int64_t row = begin; row < end; ++row) {
-    const Pixel at = pixel_of(k, row);
+  Pixel at(k, begin);
+  for (int64_t row = begin; row < end; ++row, at.next()) {
     T* out = dx + ((at.n * s.H + k.h0 + at.i * s.stride_h) * s.W + k.w0 + at.j * s.stride_w) * s.C;
     const float* in = sums ? sums + (row - begin) * kPanel : nullptr;
     for (int64_t c = c0; c < c1; c += kLanes) {

@@ -42,7 +42,7 @@ struct Plan {
     strips = ceil_div(s.K, int64_t(kTileRows));
     panels = ceil_div(s.C, int64_t(kPanel));
   }
-  int64_t strip_first(int64_t i) const { return s.K * i / strips; }
+  RF_INLINE int64_t strip_first(int64_t i) const { return s.K * i / strips; }
   // Input rows a run of output rows of one image reads.
   int64_t input_rows(int64_t out_rows) const { return flat ? out_rows : (out_rows - 1) * s.stride_h + in_rows; }
   // Most a block reads: runs of several images each carry their own border.
@@ -69,19 +69,22 @@ RF_INLINE void for_runs(const Plan& p, int64_t begin, int64_t end, const Body& b
   }
 }
 
-// Strips [from, to) of dy, each [pixel of the block][kStripStride].
+// Strips [from, to) of dy, `strip_stride` apart, each [pixel of the block][kStripStride]. Pixels outside: a strip at a
+// time reads 56 bytes of every row of dy, which DRAM answers at half its rate.
 template <class T>
-void pack_dy(const Plan& p, const T* dy, int64_t begin, int64_t end, int64_t from, int64_t to, float* out) {
+void pack_dy(const Plan& p, const T* dy, int64_t begin, int64_t end, Range strips, int64_t strip_stride, float* out) {
   const int64_t pixels = (end - begin) * p.cols, K = p.s.K;
-  for (int64_t strip = from; strip < to; ++strip) {
-    const int64_t k = p.strip_first(strip);
-    const int rows = int(p.strip_first(strip + 1) - k);
-    const T* in = dy + begin * p.cols * K + k;
-    for (int64_t i = 0; i < pixels; ++i, in += K, out += kStripStride)
-      for (int n = 0; n < rows; n += kLanes) {
-        const int left = rows - n;
-        left >= kLanes ? store(out + n, load(in + n)) : store_n(out + n, load_n(in + n, left), left);
+  const T* in = dy + begin * p.cols * K;
+  for (int64_t i = 0; i < pixels; ++i, in += K, out += kStripStride) {
+    for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
+      const int64_t k = p.strip_first(strip), rows = p.strip_first(strip + 1) - k;
+      float* to = out + (strip - strips.begin) * strip_stride;
+      for (int64_t n = 0; n < rows; n += kLanes) {
+        // A whole vector where dy has one: what lies beyond the strip's rows is never read.
+        if (k + n + kLanes <= K) store(to + n, load(in + k + n));
+        else store_n(to + n, load_n(in + k + n, int(rows - n)), int(rows - n));
       }
+    }
   }
 }
 
@@ -205,7 +208,7 @@ void wgrad_any(const WgradArgs& a) {
   const bool share_strips = p.strips >= p.panels;
   const int64_t most = share_strips ? p.strips : p.panels;
   const int threads = int(smaller(int64_t(a.threads), most));
-  const int64_t dy_floats = round_up(p.block_rows * p.cols * kStripStride, int64_t(16));
+  const int64_t dy_floats = (p.block_rows * p.cols | 1) * kStripStride;  // odd lines: strips in different L1 sets
   const int64_t x_floats = p.most_input_rows() * p.in_cols * kPanel;
   const int64_t mine_most = ceil_div(most, int64_t(threads)) + 1;
   const int64_t my_strips = share_strips ? smaller(mine_most, p.strips) : p.strips;
@@ -223,12 +226,12 @@ void wgrad_any(const WgradArgs& a) {
       std::memset(sums_of(strips.begin, panel), 0, size_t(strips.size() * taps * tile) * 4);
 
     for (int64_t begin = 0; begin < out_rows; begin += p.block_rows) {
-      const int64_t end = smaller(begin + p.block_rows, out_rows), dy_strip = (end - begin) * p.cols * kStripStride;
-      pack_dy(p, static_cast<const T*>(a.dy), begin, end, strips.begin, strips.end, packed_dy);
+      const int64_t end = smaller(begin + p.block_rows, out_rows);
+      pack_dy(p, static_cast<const T*>(a.dy), begin, end, strips, dy_floats, packed_dy);
       for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
         pack_x(p, static_cast<const T*>(a.x), begin, end, panel, packed_x);
         for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
-          const float* dy = packed_dy + (strip - strips.begin) * dy_strip;
+          const float* dy = packed_dy + (strip - strips.begin) * dy_floats;
           const int64_t height = p.strip_first(strip + 1) - p.strip_first(strip);
           float* sums = sums_of(strip, panel);
           for (int64_t tap = 0; tap < taps; ++tap, sums += tile) {
