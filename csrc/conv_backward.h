@@ -27,6 +27,18 @@ struct DgradArgs {
   int threads;
 };
 
+// Filters w[k, c, r, s] at w + k * stride_k + ... packed as ConvKernels::pack packs dense ones. The data gradient of a
+// stride 1 convolution is a convolution of dy by the filters with K and C exchanged and R and S reversed: strides
+// (stride_c, stride_k, -stride_r, -stride_s) from the last tap, padding R - 1 - pad.
+struct PackStridedArgs {
+  ConvShape shape;       // of the convolution that will run
+  int algorithm;
+  void* packed;          // conv_packed_bytes() of it
+  const float* w;
+  int64_t stride_k, stride_c, stride_r, stride_s;
+  int threads;
+};
+
 // Null: it can; else the reason.
 using ConvBackwardWhyNot = const char* (*)(const ConvShape&, DType);
 

@@ -28,6 +28,8 @@ struct Kernels {
   void (*wgrad)(const WgradArgs&);
   ConvBackwardWhyNot dgrad_why_not;
   void (*dgrad)(const DgradArgs&);
+  const char* (*pack_strided_why_not)(const ConvShape&, DType, int algorithm);
+  void (*pack_strided)(const PackStridedArgs&);
 };
 
 // The set in use: the widest the machine has, or the one RESNET_FAST_ISA names.

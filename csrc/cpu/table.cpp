@@ -17,6 +17,8 @@ const char* wgrad_why_not(const ConvShape&, DType);
 void wgrad(const WgradArgs&);
 const char* dgrad_why_not(const ConvShape&, DType);
 void dgrad(const DgradArgs&);
+const char* pack_strided_why_not(const ConvShape&, DType, int algorithm);
+void pack_strided(const PackStridedArgs&);
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
@@ -33,6 +35,8 @@ const Kernels kKernels = {
     /*wgrad=*/wgrad,
     /*dgrad_why_not=*/dgrad_why_not,
     /*dgrad=*/dgrad,
+    /*pack_strided_why_not=*/pack_strided_why_not,
+    /*pack_strided=*/pack_strided,
 };
 
 }  // namespace RF_ISA

@@ -41,20 +41,28 @@ struct WinogradPlan {
   }
 };
 
-// packed: [point][panel][word][kPanel], G g G^T in double, zeros beyond C and K.
-template <int M, class Word>
-void winograd_pack(const ConvShape& s, void* packed, const float* w, const float* fold, int threads) {
-  using Element = typename WordOf<Word>::Element;
-  constexpr int kElements = WordOf<Word>::kElements, kT = M + 2;
-  const WinogradPlan<M, Word> p(s, {});
-  double g[kT][3] = {};
+// G, from the interpolation points.
+template <int M>
+inline void winograd_filter_matrix(double (*g)[3]) {
+  constexpr int kT = M + 2;
   for (int i = 0; i < kT - 1; ++i) {
     const double at = Points<M>::kAt[i];
     double product = 1;
     for (int j = 0; j < kT - 1; ++j) product *= j == i ? 1 : at - Points<M>::kAt[j];
     g[i][0] = 1 / product, g[i][1] = at / product, g[i][2] = at * at / product;
   }
+  g[kT - 1][0] = g[kT - 1][1] = 0;
   g[kT - 1][2] = 1;
+}
+
+// packed: [point][panel][word][kPanel], G g G^T in double, zeros beyond C and K.
+template <int M, class Word>
+void winograd_pack(const ConvShape& s, void* packed, const float* w, const float* fold, int threads) {
+  using Element = typename WordOf<Word>::Element;
+  constexpr int kElements = WordOf<Word>::kElements, kT = M + 2;
+  const WinogradPlan<M, Word> p(s, {});
+  double g[kT][3];
+  winograd_filter_matrix<M>(g);
   Element* out = static_cast<Element*>(packed);
   parallel(threads, [&](const Team& team) {
     const Range mine = team.share(p.panels);

@@ -117,6 +117,66 @@ def test_same_bits_for_any_thread_count(case, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, out)), threads
 
 
+def aligned(size: int) -> torch.Tensor:
+    """NaN-filled bytes whose address is a multiple of 64."""
+    raw = torch.full((size // 4 + 32,), float("nan"))
+    skip = -raw.data_ptr() % 64 // 4
+    return raw[skip : skip + size // 4]
+
+
+def pack_pair(sizes, algorithm, dense, w, wanted_strides, address, threads):
+    """The packed bytes of dense filters by conv_pack and of the strided ones."""
+    size = _C.conv_packed_bytes(sizes, 0, algorithm)
+    a, b = aligned(size), aligned(size)
+    _C.conv_pack(sizes, 0, algorithm, a.data_ptr(), dense.data_ptr(), 0, 1)
+    _C.conv_pack_strided(sizes, algorithm, b.data_ptr(), address, *wanted_strides, threads)
+    return a, b
+
+
+@pytest.mark.parametrize("channels", [(64, 64), (45, 33), (16, 130)], ids=str)
+@pytest.mark.parametrize("name", ["direct", "winograd2", "winograd4"])
+def test_strided_packing_has_conv_packs_bits(name, channels):
+    """Forward and exchanged filters, channels_last and contiguous."""
+    algorithm = _C.conv_algorithms().index(name)
+    k, c = channels
+    for layout in (torch.channels_last, torch.contiguous_format):
+        w = torch.randn(k, c, 3, 3).contiguous(memory_format=layout)
+        sk, sc, sr, ss = w.stride()
+        forward = [1, 8, 8, c, k, 3, 3, 8, 8, 1, 1, 1, 1, 1, 1, 1]
+        backward = [1, 8, 8, k, c, 3, 3, 8, 8, 1, 1, 1, 1, 1, 1, 1]
+        assert _C.conv_pack_strided_why_not(forward, 0, algorithm) is None
+        for threads in (1, 3):
+            a, b = pack_pair(forward, algorithm, w.contiguous(), w, (sk, sc, sr, ss), w.data_ptr(), threads)
+            assert not a.isnan().any() and torch.equal(a, b)
+            flipped = w.transpose(0, 1).flip(2, 3).contiguous()
+            last = w.data_ptr() + 4 * (2 * sr + 2 * ss)
+            a, b = pack_pair(backward, algorithm, flipped, w, (sc, sk, -sr, -ss), last, threads)
+            assert not a.isnan().any() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["direct", "winograd2", "winograd4"])
+def test_data_gradient_by_a_convolution(name):
+    """dgrad of stride 1 as a convolution of dy by the exchanged, reversed filters."""
+    case = (2, 64, 14, 14, 48, (3, 3), (1, 1), (1, 1), (1, 1))
+    dy, x, w = tensors(case, torch.float32)
+    sk, sc, sr, ss = w.stride()
+    algorithm = _C.conv_algorithms().index(name)
+    shape = [2, 14, 14, 48, 64, 3, 3, 14, 14, 1, 1, 1, 1, 1, 1, 1]
+    packed, dx = aligned(_C.conv_packed_bytes(shape, 0, algorithm)), torch.full_like(x, float("nan"))
+    _C.conv_pack_strided(shape, algorithm, packed.data_ptr(), w.data_ptr() + 4 * (2 * sr + 2 * ss), sc, sk, -sr, -ss, 2)
+    config = (algorithm, 0, 0, 0)
+    scratch = aligned(_C.conv_scratch_bytes(shape, 0, config, 2))
+    _C.conv_run(shape, 0, config, dx.data_ptr(), dy.data_ptr(), packed.data_ptr(), 0, 0, 0, False, scratch.data_ptr(), 2)
+    exact = reference(dy.double(), x.double(), w.double(), case)[0]
+    assert ((dx.double() - exact).abs().max() / exact.abs().max()).item() <= 3e-6
+
+
+def test_packing_of_other_kinds_is_refused():
+    shape = [1, 8, 8, 32, 32, 3, 3, 8, 8, 1, 1, 1, 1, 1, 1, 1]
+    assert "float32" in _C.conv_pack_strided_why_not(shape, 1, 0)
+    assert "groups" in _C.conv_pack_strided_why_not([*shape[:15], 4], 0, 0)
+
+
 def test_sliced_weights():
     dy, x, w = tensors(CASES[0], torch.float32)
     wide = torch.randn(64, 100, 3, 3)
