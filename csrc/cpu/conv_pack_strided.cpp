@@ -15,7 +15,8 @@ extern const ConvKernels kConvKernels;  // conv.cpp
 
 namespace {
 
-constexpr int kDepth = 16;  // input channels of a block: a line of channels_last filters
+constexpr int kDepth = 16;                 // input channels of a block: a line of channels_last filters
+constexpr size_t kStreamBytes = 8u << 20;  // packed filters this large will not wait in the caches anyway
 
 // Filters [panel * kPanel, + cols) by channels [c0, + depth) of tap (r, s) as [channel][kPanel], zeros beyond cols.
 struct Source {
@@ -62,6 +63,8 @@ void pack_winograd(const PackStridedArgs& a, const Team& team) {
   winograd_filter_matrix<M>(g);
   alignas(64) float taps[9][kDepth * kPanel];
   alignas(64) double half[kT][3][kPanel];
+  // The points lie a power of two apart and would evict each other from one L1 set.
+  const bool streamed = p.weight_bytes() >= kStreamBytes && reinterpret_cast<uintptr_t>(a.packed) % 64 == 0;
   const Range panels = team.share(p.panels);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (int64_t c0 = 0; c0 < p.words; c0 += kDepth) {
@@ -82,11 +85,14 @@ void pack_winograd(const PackStridedArgs& a, const Team& team) {
         for (int i = 0; i < kT; ++i)
           for (int l = 0; l < kT; ++l) {
             float* to = out + (i * kT + l) * point;
-            for (int j = 0; j < kPanel; ++j) to[j] = float(half[i][0][j] * g[l][0] + half[i][1][j] * g[l][1] + half[i][2][j] * g[l][2]);
+            alignas(64) float line[kPanel];
+            for (int j = 0; j < kPanel; ++j) line[j] = float(half[i][0][j] * g[l][0] + half[i][1][j] * g[l][1] + half[i][2][j] * g[l][2]);
+            for (int j = 0; j < kPanel; j += kLanes) streamed ? stream(to + j, load(line + j)) : store(to + j, load(line + j));
           }
       }
     }
   }
+  if (streamed) stream_fence();
 }
 
 }  // namespace

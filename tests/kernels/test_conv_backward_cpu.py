@@ -133,7 +133,7 @@ def pack_pair(sizes, algorithm, dense, w, wanted_strides, address, threads):
     return a, b
 
 
-@pytest.mark.parametrize("channels", [(64, 64), (45, 33), (16, 130)], ids=str)
+@pytest.mark.parametrize("channels", [(64, 64), (45, 33), (16, 130), (256, 256)], ids=str)
 @pytest.mark.parametrize("name", ["direct", "winograd2", "winograd4"])
 def test_strided_packing_has_conv_packs_bits(name, channels):
     """Forward and exchanged filters, channels_last and contiguous."""
