@@ -82,14 +82,15 @@ static int candidates(const ConvShape& s, DType t, int threads, ConvConfig* out,
       }
       continue;
     }
-    for (int split = 0; split < (threads > 1 ? 2 : 1); ++split) {
-      for (int rows = 0; rows <= 4 * kTileRows; rows = rows ? 2 * rows : kTileRows) {
-        for (int cols = 0; cols <= 128; cols += 128) {
-          if (cols && (a == kDirectIndex || s.K < cols)) continue;
+    const bool winograd = a != kDirectIndex;
+    for (int split = 0; split < (threads > 1 && s.groups == 1 ? 2 : 1); ++split) {
+      for (int rows = kTileRows; rows <= 4 * kTileRows; rows *= 2) {
+        for (int cols = 64; cols <= 128; cols += 64) {
+          if (cols > 64 && (!winograd || s.K < cols)) continue;
           ConvConfig c;
           c.algorithm = a;
           c.block_rows = rows;
-          c.block_cols = cols;
+          c.block_cols = winograd ? cols : 0;
           c.split_cols = split;
           offer(c);
         }
