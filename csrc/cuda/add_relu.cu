@@ -1,14 +1,15 @@
-// add_relu: y = relu(x + residual), and its gradient, over flat memory: the layout does not matter, only that it is one.
-// Bytes: two reads and one write of the tensor each way, nothing else; 2 flops an element.
-// A thread moves four packs of 16 bytes, all loads issued before the first is used. One pack a thread leaves a third of
-// the bytes in flight; a grid that strides over the tensor only adds a loop.
+// add_relu: y = relu(x + residual), and its gradient, over flat memory: the layout does not matter, only that it is
+// one. Bytes: two reads and one write of the tensor each way, nothing else; 2 flops an element. A thread moves four
+// packs of 16 bytes, all loads issued before the first is used. One pack a thread leaves a third of the bytes in
+// flight; a grid that strides over the tensor only adds a loop.
 #include "launch.cuh"
 
 namespace rf::cuda {
 
 constexpr int kPacks = 4;
 
-// out = f(a, b) on `size` elements; kPacks packs a thread, a block's packs side by side. The last thread takes the tail.
+// out = f(a, b) on `size` elements; kPacks packs a thread, a block's packs side by side. The last thread takes the
+// tail.
 template <class T, class F>
 __device__ __forceinline__ void flat(T* out, const T* a, const T* b, int64_t size, const F& f) {
   constexpr int V = kVec<T>;
@@ -62,7 +63,8 @@ static int64_t flat_blocks(int64_t size, int vec) {
 }
 
 void add_relu(const Target& target, const AddReluArgs& a) {
-  check_aligned("add_relu", static_cast<char*>(a.y), static_cast<const char*>(a.x), static_cast<const char*>(a.residual));
+  check_aligned("add_relu", static_cast<char*>(a.y), static_cast<const char*>(a.x),
+                static_cast<const char*>(a.residual));
   const DeviceGuard guard(target);
   dispatch(target.dtype, [&](auto t) {
     using T = decltype(t);

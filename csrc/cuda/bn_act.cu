@@ -119,7 +119,8 @@ int64_t bn_act_workspace(const Target& target, int64_t rows, int channels) {
 }
 
 static void check_bn(const BnActArgs& a) {
-  RF_CHECK(a.rows >= 1 && a.channels >= 1, "bn_act: wanted at least one row and channel, got ", a.rows, " and ", a.channels);
+  RF_CHECK(a.rows >= 1 && a.channels >= 1, "bn_act: wanted at least one row and channel, got ", a.rows, " and ",
+           a.channels);
   check_aligned("bn_act", static_cast<char*>(a.y), static_cast<const char*>(a.x), static_cast<const char*>(a.residual));
 }
 

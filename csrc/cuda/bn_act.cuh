@@ -5,8 +5,9 @@
 
 namespace rf::cuda {
 
-// Two blocks of 256 threads a multiprocessor may use 128 registers a thread; three at 80 spilled on sm_80. The cut of the
-// matrix uses this number, not the compiler's: it is a function of the shape and the card alone, and so are results.
+// Two blocks of 256 threads a multiprocessor may use 128 registers a thread; three at 80 spilled on sm_80. The cut of
+// the matrix uses this number, not the compiler's: it is a function of the shape and the card alone, and so are
+// results.
 constexpr int kBlocksPerSm = 2;
 
 // Rows a thread has in flight, for at least 32 kB a multiprocessor: statistics hold one tensor, the apply two, the
@@ -37,7 +38,9 @@ __device__ __forceinline__ Affine affine_of(int c, const float* gamma, const flo
 struct AffineStore {
   float mean[kMaxColumns], scale[kMaxColumns], beta[kMaxColumns];
 
-  __device__ void set(int column, const Affine& v) { mean[column] = v.mean, scale[column] = v.scale, beta[column] = v.beta; }
+  __device__ void set(int column, const Affine& v) {
+    mean[column] = v.mean, scale[column] = v.scale, beta[column] = v.beta;
+  }
 };
 
 template <int V>

@@ -1,10 +1,11 @@
 // bn_act backward over [rows, channels]. g = dy where the ReLU let through, else 0.
 //   reduce: dbeta = sum g, dgamma = sum g (x - mean) * rstd
 //   apply:  dx = scale * (g - dbeta / rows - (x - mean) * rstd * dgamma / rows), dresidual = g
-// Bytes: reduce reads dy and x (and y) once; apply reads them once more and writes dx and dresidual. The mask comes from
-// y where a residual was added; without one it is recomputed from x by the forward's own expression and y is not read:
-// five tensor passes instead of seven. With running statistics dx needs no sums, and x is read only for the mask.
-// Flops: about 6 an element and pass. The apply walks each chunk from its end, where L2 still holds what reduce read last.
+// Bytes: reduce reads dy and x (and y) once; apply reads them once more and writes dx and dresidual. The mask comes
+// from y where a residual was added; without one it is recomputed from x by the forward's own expression and y is not
+// read: five tensor passes instead of seven. With running statistics dx needs no sums, and x is read only for the mask.
+// Flops: about 6 an element and pass. The apply walks each chunk from its end, where L2 still holds what reduce read
+// last.
 #include "bn_act.cuh"
 #include "launch.cuh"
 
@@ -41,7 +42,8 @@ __device__ __forceinline__ void masked(float (&g)[U][V], const Raw<T, V> (&y)[U]
 // Loads U rows of dy and, as far as wanted, y and x; all loads are issued before the first value is used.
 template <class T, int V, Mask kMask, int U>
 __device__ __forceinline__ void load_rows(float (&g)[U][V], float (&d)[U][V], const T* dy, const T* x, const T* y,
-                                          int64_t offset, int64_t step, bool want_x, bool last, const AffinePack<V>& f) {
+                                          int64_t offset, int64_t step, bool want_x, bool last,
+                                          const AffinePack<V>& f) {
   Raw<T, V> rdy[U], rx[U], ry[U] = {};
   const auto load = [&](const T* p) { return last ? load_last<T, V>(p) : load_keep<T, V>(p); };
 #pragma unroll
@@ -150,7 +152,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) bn_backward_apply(Redu
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         // A branch, not a zero slope: 0 * NaN would carry a NaN of x into a gradient that does not depend on it.
-        g[u][v] = through_statistics ? fmaf(d[u][v], slope[v], fmaf(g[u][v], f.scale[v], shift[v])) : g[u][v] * f.scale[v];
+        g[u][v] =
+            through_statistics ? fmaf(d[u][v], slope[v], fmaf(g[u][v], f.scale[v], shift[v])) : g[u][v] * f.scale[v];
       }
       store<T, V>(dx + offset + u * step, narrow<T, V>(g[u]));
     }
@@ -175,7 +178,8 @@ static void choose_mask(const Target& target, const ReduceArgs& args) {
 }
 
 void bn_act_backward(const Target& target, const BnActBackwardArgs& a) {
-  RF_CHECK(a.rows >= 1 && a.channels >= 1, "bn_act: wanted at least one row and channel, got ", a.rows, " and ", a.channels);
+  RF_CHECK(a.rows >= 1 && a.channels >= 1, "bn_act: wanted at least one row and channel, got ", a.rows, " and ",
+           a.channels);
   RF_CHECK(!a.dgamma == !a.dbeta, "bn_act: wanted dgamma and dbeta both or neither");
   RF_CHECK(a.dgamma || !(a.training && a.dx), "bn_act: dx in training wants room for dgamma and dbeta");
   check_aligned("bn_act", static_cast<char*>(a.dx), static_cast<char*>(a.dresidual), static_cast<const char*>(a.dy),

@@ -140,7 +140,8 @@ static SingleArgs plan(const BnActArgs& a) {
   const Tiles tiles = make_tiles(a.rows, a.channels, kVec<T>, blocks);
   const int64_t height = kThreads >> tiles.log_width;
   const int64_t slots = (tiles.chunk_rows + height - 1) / height;
-  constexpr int64_t kStatic = sizeof(MergeStore) + sizeof(AffineStore) + 64, kReserved = 1024;  // a block's own kilobyte
+  constexpr int64_t kStatic = sizeof(MergeStore) + sizeof(AffineStore) + 64,
+                    kReserved = 1024;  // a block's own kilobyte
   const int64_t shared = slots * kThreads * kPackBytes + kStatic;
   const bool fits = shared <= card.shared_per_block && (shared + kReserved) * kBlocksPerSm <= card.shared_per_sm;
   if (!fits || tiles.blocks() > blocks) return args;
@@ -165,7 +166,8 @@ bool bn_act_single_pass(const Target& target, const BnActArgs& a) {
     const SingleArgs args = plan<T>(a);
     if (!args.slots) return;
     const unsigned shared = unsigned(args.slots) * kThreads * kPackBytes;
-    // Blocks that are not all resident would wait for each other for ever; the driver's count is asked, not trusted to ours.
+    // Blocks that are not all resident would wait for each other for ever; the driver's count is asked, not trusted to
+    // ours.
     if (resident_blocks<bn_single_pass<T>>(shared, kBlocksPerSm) < args.tiles.blocks()) return;
     launch<bn_single_pass<T>>(target, {args.tiles.blocks(), shared, true}, args);
     done = true;

@@ -68,7 +68,8 @@ const Device& current_device() {
   if (known.empty()) known.reserve(1024);  // references stay valid
   while (int(known.size()) <= device) {
     const int i = int(known.size());
-    known.push_back({attribute(cudaDevAttrMultiProcessorCount, i), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i),
+    known.push_back({attribute(cudaDevAttrMultiProcessorCount, i),
+                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i),
                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, i)});
   }
   return known[device];

@@ -36,8 +36,8 @@ struct Launch {
 };
 void set_hook(std::function<void(const Launch&)> hook, const Device& card);
 
-int device_count();          // 0 where there is no driver or no card
-std::string why_no_device(); // the driver's own words, empty when there is a card
+int device_count();           // 0 where there is no driver or no card
+std::string why_no_device();  // the driver's own words, empty when there is a card
 
 struct AddReluArgs {  // y = relu(x + residual)
   void* y;
@@ -79,13 +79,13 @@ bool bn_act_fits_single(const Target&, int64_t rows, int channels);
 bool bn_act_single_pass(const Target&, const BnActArgs&);  // false: it does not fit, nothing was launched
 
 struct BnActBackwardArgs {
-  void* dx;                // null: not wanted
-  void* dresidual;         // null: not wanted
-  float* dgamma;           // [channels]; both or neither; needed for dx in training
+  void* dx;         // null: not wanted
+  void* dresidual;  // null: not wanted
+  float* dgamma;    // [channels]; both or neither; needed for dx in training
   float* dbeta;
   const void* dy;
   const void* x;
-  const void* y;           // the ReLU's mask; null: recomputed from x with the forward's rounding
+  const void* y;  // the ReLU's mask; null: recomputed from x with the forward's rounding
   const float* gamma;
   const float* beta;
   const float* mean;

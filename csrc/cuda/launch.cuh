@@ -2,7 +2,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <map>
 #include <typeinfo>
+#include <utility>
 
 #include "kernels.h"
 #include "tiles.h"
@@ -41,16 +43,22 @@ struct Geometry {
 };
 
 // Blocks of a kernel that are resident on the whole card at once. Under the hook there is no card to ask: `assumed`.
+// Static and dynamic shared memory count together against the 48 kB a kernel gets unasked, so the most is asked for.
 template <auto kKernel>
 int64_t resident_blocks(unsigned shared, int assumed_per_sm) {
-  int per_sm = assumed_per_sm;
-  if (!hooked()) {
-    if (shared > 48 * 1024) {
-      check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared memory");
-    }
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kKernel, kThreads, shared), "occupancy");
-  }
-  return int64_t(per_sm) * current_device().sms;
+  const Device& card = current_device();
+  if (hooked()) return int64_t(assumed_per_sm) * card.sms;
+  thread_local std::map<std::pair<const Device*, unsigned>, int> known;  // the driver's answer takes microseconds
+  const auto found = known.find({&card, shared});
+  if (found != known.end()) return int64_t(found->second) * card.sms;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kKernel), "cudaFuncGetAttributes");
+  const int most = card.shared_per_block - int(attributes.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "asking for shared memory");
+  int per_sm = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kKernel, kThreads, shared), "asking for the occupancy");
+  known[{&card, shared}] = per_sm;
+  return int64_t(per_sm) * card.sms;
 }
 
 template <auto kKernel, class Args>
@@ -65,10 +73,12 @@ void launch(const Target& target, const Geometry& g, const Args& args) {
   void* pointers[] = {const_cast<Args*>(&args)};
   const void* function = reinterpret_cast<const void*>(kKernel);
   const cudaError_t error =
-      g.cooperative ? cudaLaunchCooperativeKernel(function, dim3(unsigned(g.grid)), dim3(kThreads), pointers, g.shared, stream)
-                    : cudaLaunchKernel(function, dim3(unsigned(g.grid)), dim3(kThreads), pointers, g.shared, stream);
+      g.cooperative
+          ? cudaLaunchCooperativeKernel(function, dim3(unsigned(g.grid)), dim3(kThreads), pointers, g.shared, stream)
+          : cudaLaunchKernel(function, dim3(unsigned(g.grid)), dim3(kThreads), pointers, g.shared, stream);
   if (error != cudaSuccess) {
-    fail_cuda(error, std::string(name) + ", grid " + std::to_string(g.grid) + ", shared bytes " + std::to_string(g.shared));
+    fail_cuda(error,
+              std::string(name) + ", grid " + std::to_string(g.grid) + ", shared bytes " + std::to_string(g.shared));
   }
 }
 
@@ -76,9 +86,12 @@ void launch(const Target& target, const Geometry& g, const Args& args) {
 template <class Body>
 void dispatch(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::f32: return body(float{});
-    case DType::bf16: return body(bf16{});
-    case DType::f16: return body(f16{});
+    case DType::f32:
+      return body(float{});
+    case DType::bf16:
+      return body(bf16{});
+    case DType::f16:
+      return body(f16{});
   }
   RF_CHECK(false, "dtype ", int(dtype), ", wanted 0 (float32), 1 (bfloat16) or 2 (float16)");
 }

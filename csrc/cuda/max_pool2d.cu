@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kThreads, 3) max_pool_forward(PoolArgs a) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const int k = c + v;
-        value[v] = max_nan(affine(value[v], coefficients[k], coefficients[channels + k], coefficients[2 * channels + k]), 0.f);
+        value[v] =
+            max_nan(affine(value[v], coefficients[k], coefficients[channels + k], coefficients[2 * channels + k]), 0.f);
       }
       widen<T, V>(value, narrow<T, V>(value));  // ties are those of the activation torch would have stored
     }
@@ -201,8 +202,8 @@ __global__ void __launch_bounds__(kThreads, 3) max_pool_gradient(PoolBackwardArg
 static int blocks_of_row(int columns, int packs) { return (columns * packs + kThreads - 1) / kThreads; }
 
 static void check_window(const Window& w, int height, int width, int channels) {
-  RF_CHECK(w.kernel_h >= 1 && w.kernel_w >= 1 && w.kernel_h * w.kernel_w <= 255, "max_pool2d: wanted a window of 1 to 255 places, got ",
-           w.kernel_h, " x ", w.kernel_w);
+  RF_CHECK(w.kernel_h >= 1 && w.kernel_w >= 1 && w.kernel_h * w.kernel_w <= 255,
+           "max_pool2d: wanted a window of 1 to 255 places, got ", w.kernel_h, " x ", w.kernel_w);
   RF_CHECK(int64_t(width) * channels <= 0x7fffffff && height >= 1, "max_pool2d: a row of ", width, " x ", channels,
            " values, wanted fewer than 2^31");
 }
@@ -211,7 +212,8 @@ template <class T, int V, int kSide>
 static void pool_forward(const Target& target, const PoolArgs& args, int64_t grid) {
   if (args.pool.mean) {
     const unsigned shared = 3 * sizeof(float) * unsigned(args.pool.channels);
-    RF_CHECK(shared <= 48 * 1024, "max_pool2d: the norm before the pool takes up to 4096 channels, got ", args.pool.channels);
+    RF_CHECK(shared <= 48 * 1024, "max_pool2d: the norm before the pool takes up to 4096 channels, got ",
+             args.pool.channels);
     launch<max_pool_forward<T, V, kSide, true>>(target, {grid, shared}, args);
   } else {
     launch<max_pool_forward<T, V, kSide, false>>(target, {grid}, args);
@@ -236,17 +238,20 @@ void max_pool2d(const Target& target, const MaxPoolArgs& a) {
 void max_pool2d_backward(const Target& target, const MaxPoolBackwardArgs& a) {
   const Window& w = a.window;
   check_window(w, a.height, a.width, a.channels);
-  check_aligned("max_pool2d", static_cast<char*>(a.dx), static_cast<const char*>(a.dy), a.argmax, static_cast<const char*>(a.y));
+  check_aligned("max_pool2d", static_cast<char*>(a.dx), static_cast<const char*>(a.dy), a.argmax,
+                static_cast<const char*>(a.y));
   const DeviceGuard guard(target);
   const auto covered = [](int kernel, int stride, int dilation) { return ((kernel - 1) * dilation) / stride + 1; };
-  const bool two = covered(w.kernel_h, w.stride_h, w.dilation_h) <= 2 && covered(w.kernel_w, w.stride_w, w.dilation_w) <= 2;
+  const bool two =
+      covered(w.kernel_h, w.stride_h, w.dilation_h) <= 2 && covered(w.kernel_w, w.stride_w, w.dilation_w) <= 2;
   dispatch(target.dtype, [&](auto t) {
     using T = decltype(t);
     const int vec = vectorizes<T>(a.channels) ? kVec<T> : 1, packs = a.channels / vec;
     const PoolBackwardArgs args{a, packs, blocks_of_row(a.width, packs)};
     const int64_t grid = a.images * a.height * args.row_blocks;
     if (vec == 1) return launch<max_pool_gradient<T, 1, 0>>(target, {grid}, args);
-    two ? launch<max_pool_gradient<T, kVec<T>, 2>>(target, {grid}, args) : launch<max_pool_gradient<T, kVec<T>, 0>>(target, {grid}, args);
+    two ? launch<max_pool_gradient<T, kVec<T>, 2>>(target, {grid}, args)
+        : launch<max_pool_gradient<T, kVec<T>, 0>>(target, {grid}, args);
   });
 }
 

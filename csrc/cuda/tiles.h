@@ -10,9 +10,9 @@ namespace rf::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxWidth = 32;                    // packs; one warp's row of 512 bytes
-constexpr int kMaxColumns = kThreads;            // channels of a block: 32 packs of 8, so one thread each in merges
-constexpr int kLeastRows = 2;                    // per thread, before another block is worth its merge
+constexpr int kMaxWidth = 32;          // packs; one warp's row of 512 bytes
+constexpr int kMaxColumns = kThreads;  // channels of a block: 32 packs of 8, so one thread each in merges
+constexpr int kLeastRows = 2;          // per thread, before another block is worth its merge
 static_assert(kMaxWidth * 8 <= kMaxColumns, "merges give every channel of a block its own thread");
 static_assert(kThreads == 1 << 8, "rows of a block are counted with shifts");
 
@@ -20,7 +20,7 @@ struct Tiles {
   int64_t rows;
   int64_t chunk_rows;
   int channels;
-  int packs;          // channels / V
+  int packs;  // channels / V
   int log_width;
   int channel_tiles;
   int chunks;
