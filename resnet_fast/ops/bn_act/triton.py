@@ -141,7 +141,7 @@ def bwd(
         masked = dresidual is not None  # the reduce pass has written g: read that, and neither dy nor y again
         args = dict(
             dx_ptr=dx, dy_ptr=dresidual if masked else dy, x_ptr=x, y_ptr=None if masked else y, **norm,
-            dweight_ptr=dweight, dbias_ptr=dbias, M=m, eps=eps,
+            dweight_ptr=dweight, dbias_ptr=dbias, M=m, inverse=1 / m, eps=eps,
         )  # fmt: skip
         block_r, block_c = rooms.rows_tile(c)
         tile = dict(C=c, RELU=relu and not masked, STEPS=STEPS, BLOCK_R=block_r, BLOCK_C=block_c)

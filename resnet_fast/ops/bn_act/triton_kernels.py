@@ -221,10 +221,13 @@ def bn_backward_merge(
 
 @triton.jit
 def bn_backward_apply(
-    dx_ptr, dy_ptr, x_ptr, y_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, dweight_ptr, dbias_ptr, M, eps,
+    dx_ptr, dy_ptr, x_ptr, y_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, dweight_ptr, dbias_ptr, M, inverse, eps,
     C: tl.constexpr, RELU: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = weight rstd (g - (dbias + xhat dweight) / M); dy may be the masked gradient already (RELU False)."""
+    """dx = weight rstd (g - (dbias + xhat dweight) / M); dy may be the masked gradient already (RELU False).
+
+    inverse is 1 / M: a division per channel in every program costs registers and a subroutine's stack.
+    """
     row = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK_R)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = channel_mask(offs_c, C, BLOCK_C)
@@ -232,9 +235,8 @@ def bn_backward_apply(
     rstd = reciprocal_std(load_vector(var_ptr, offs_c, mask_c, 1.0, BLOCK_C), eps)
     scale = rstd * load_vector(weight_ptr, offs_c, mask_c, 1.0, BLOCK_C)
     bias = load_vector(bias_ptr, offs_c, mask_c, 0.0, BLOCK_C)
-    count = M * tl.full([], 1.0, tl.float32)
-    mean_g = tl.div_rn(load_vector(dbias_ptr, offs_c, mask_c, 0.0, BLOCK_C), count)
-    slope = tl.div_rn(load_vector(dweight_ptr, offs_c, mask_c, 0.0, BLOCK_C), count) * rstd
+    mean_g = load_vector(dbias_ptr, offs_c, mask_c, 0.0, BLOCK_C) * inverse
+    slope = load_vector(dweight_ptr, offs_c, mask_c, 0.0, BLOCK_C) * inverse * rstd
     offs_r = tl.arange(0, BLOCK_R)
     for step in tl.static_range(STEPS):
         start = row + step * BLOCK_R
