@@ -81,7 +81,7 @@ def every_wgrad_tile(bytes_, taps):
     """All tiles of the weight gradient."""
     found = set()
     for k in (64, 128, 512):
-        found |= set(wgrad_tiles(k, k, 6272, 3 if taps == 3 else 1, taps, bytes_, False, 4))
+        found |= set(wgrad_tiles(k, k, 6272, 3 if taps == 3 else 1, taps, bytes_, False, 4, 80))
     return sorted(found, key=str)
 
 

@@ -24,7 +24,10 @@ def check(launch: gpu.Launch, target) -> None:
     if launch.name in MATRIX:
         assert found["matrix"] > 0, what
         assert found["stores_128"] > 0 or launch.args.get("out_ptr") is None, what
-        if not isinstance(target, str):
+        size = launch.constants
+        # A sum of one block has nothing to overlap.
+        once = launch.name == "gather_gemm" and size["U"] * size["V"] * size["CG"] == size["BLOCK_K"]
+        if not isinstance(target, str) and not once:
             assert found["async_copies"] > 0, what
     if launch.name in STREAMS and not isinstance(target, str):
         assert found["stores_128"] == found["stores"] or launch.name == "bn_backward_reduce", what

@@ -331,8 +331,8 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dila
             args = dict(dw_ptr=dw, part_ptr=part, n=dw.numel(), splits=split)
             rooms.launch(sum_weight_parts, (-(-dw.numel() // 256),), args, dict(CG=cg, RS=r * s, BLOCK=256))
 
-    sm = rooms.multiprocessors(x.device)
-    options = tiles.wgrad_tiles(kg, columns, m, parts * groups, taps, x.element_size(), ieee, sm)
+    card = (rooms.multiprocessors(x.device), tiles.architecture_of(x.device))
+    options = tiles.wgrad_tiles(kg, columns, m, parts * groups, taps, x.element_size(), ieee, *card)
     key = f"wgrad {mode} {x.dtype} {list(x.shape)} {list(weight.shape)} {stride} {padding} {dilation} {groups}"
     tiles.choose(key, options, go, x.device)
     return dw

@@ -94,7 +94,9 @@ def gemm_tiles(
     if ieee:  # no matrix instructions: registers are the limit
         base = [Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2)]
     elif bytes_ == 4:
-        base = [Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 32, 32, 4, 3)]
+        base = [Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(128, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3)]
+        if arch >= 100:  # the two in the middle spill a few registers there
+            base = [base[0], base[-1]]
     else:
         base = [
             Tile(128, 128, 64, 8, 3),
@@ -103,7 +105,7 @@ def gemm_tiles(
             Tile(64, 64, 64, 4, 3),
             Tile(128, 32, 64, 4, 3),
         ]
-        if 80 <= arch < 90:  # elsewhere 128 x 128 sums spill in four warps
+        if arch == 80:  # elsewhere 128 x 128 sums spill in four warps
             base.insert(1, Tile(128, 128, 32, 4, 4))
     widest = max(16, min(rooms.next_power_of_2(n), 128))
     fitting = [_fit(t, n, channels, bytes_) for t in base if t.n <= widest] or [_fit(base[-1], n, channels, bytes_)]
@@ -139,7 +141,9 @@ def _fit(t: Tile, n: int, channels: int, bytes_: int) -> Tile:
     return Tile(t.m, max(16, min(t.n, rooms.next_power_of_2(n))), k, t.warps, t.stages, t.split)
 
 
-def wgrad_tiles(k: int, n: int, pixels: int, parts: int, taps: int, bytes_: int, ieee: bool, sm: int) -> list[Tile]:
+def wgrad_tiles(
+    k: int, n: int, pixels: int, parts: int, taps: int, bytes_: int, ieee: bool, sm: int, arch: int
+) -> list[Tile]:
     """Candidates for dw: k filters x n columns per tap (or row), `parts` of those (taps / TAPS times groups)."""
     if ieee:
         base = [Tile(32, 32, 16, 4, 2)]
@@ -149,7 +153,9 @@ def wgrad_tiles(k: int, n: int, pixels: int, parts: int, taps: int, bytes_: int,
     elif taps == 3:
         base = [Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)]
     else:
-        base = [Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3)]
+        base = [Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)]
+        if arch < 100:  # spills there
+            base.append(Tile(64, 128, 64, 4, 3))
     best: dict[Tile, float] = {}
     for t in base:
         block_m = max(16, min(t.m, rooms.next_power_of_2(k)))
