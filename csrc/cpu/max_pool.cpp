@@ -140,27 +140,25 @@ static Range covering(int64_t at, int64_t pad, int64_t stride, int64_t dilation,
   return {begin, end < outputs ? end : outputs};
 }
 
-template <class T>
-static void backward_pixel(const MaxPoolBackwardArgs& a, int64_t n, int64_t h, int64_t w, Range rows, Range cols, T* dx) {
-  const PoolShape& s = a.shape;
-  const T* dy = static_cast<const T*>(a.dy);
-  for (int64_t c = 0; c < s.C; c += kLanes) {
-    const int count = int(s.C - c < kLanes ? s.C - c : kLanes);
-    Vec sum = zero();
-    for (int64_t p = rows.begin; p < rows.end; ++p) {
-      const int64_t tap_h = h + s.pad_h - p * s.stride_h;
-      if (tap_h % s.dilation_h) continue;
-      for (int64_t q = cols.begin; q < cols.end; ++q) {
-        const int64_t tap_w = w + s.pad_w - q * s.stride_w;
-        if (tap_w % s.dilation_w) continue;
-        const int i = int(tap_h / s.dilation_h * s.S + tap_w / s.dilation_w);
-        const int64_t at = ((n * s.P + p) * s.Q + q) * s.C + c;
-        sum = count == kLanes ? add_where(sum, load(dy + at), a.argmax + at, i)
-                              : add_where_n(sum, load_n(dy + at, count), a.argmax + at, i, count);
-      }
+// The windows over one input pixel: where their outputs lie in the image, and the place that would be this pixel.
+struct Hit {
+  int64_t offset;
+  int place;
+};
+
+static int find_hits(const PoolShape& s, int64_t h, int64_t w, Range rows, Hit* hits) {
+  const Range cols = covering(w, s.pad_w, s.stride_w, s.dilation_w, s.S, s.Q);
+  int count = 0;
+  for (int64_t p = rows.begin; p < rows.end; ++p) {
+    const int64_t tap_h = h + s.pad_h - p * s.stride_h;
+    if (tap_h % s.dilation_h) continue;
+    for (int64_t q = cols.begin; q < cols.end; ++q) {
+      const int64_t tap_w = w + s.pad_w - q * s.stride_w;
+      if (tap_w % s.dilation_w) continue;
+      hits[count++] = {(p * s.Q + q) * s.C, int(tap_h / s.dilation_h * s.S + tap_w / s.dilation_w)};
     }
-    count == kLanes ? store(dx + c, sum) : store_n(dx + c, sum, count);
   }
+  return count;
 }
 
 template <class T>
@@ -168,12 +166,33 @@ static void backward(const MaxPoolBackwardArgs& a) {
   const PoolShape& s = a.shape;
   parallel(a.threads, [&](const Team& team) {
     const Range share = team.share(s.N * s.H);
+    Hit hits[256];  // a window has at most 255 places, and each covering window another one
     for (int64_t row = share.begin; row < share.end; ++row) {
-      const int64_t n = row / s.H, h = row % s.H;
+      const int64_t h = row % s.H, image = row / s.H * s.P * s.Q * s.C;
       const Range rows = covering(h, s.pad_h, s.stride_h, s.dilation_h, s.R, s.P);
-      for (int64_t w = 0; w < s.W; ++w)
-        backward_pixel(a, n, h, w, rows, covering(w, s.pad_w, s.stride_w, s.dilation_w, s.S, s.Q),
-                       static_cast<T*>(a.dx) + (row * s.W + w) * s.C);
+      const T* dy = static_cast<const T*>(a.dy) + image;
+      const uint8_t* argmax = a.argmax + image;
+      for (int64_t w = 0; w < s.W; ++w) {
+        const int count = find_hits(s, h, w, rows, hits);
+        T* dx = static_cast<T*>(a.dx) + (row * s.W + w) * s.C;
+        int64_t c = 0;
+        for (; c + kLanes <= s.C; c += kLanes) {
+          Vec sum = zero();
+          for (int i = 0; i < count; ++i) {
+            const int64_t at = hits[i].offset + c;
+            sum = add_where(sum, load(dy + at), argmax + at, hits[i].place);
+          }
+          store(dx + c, sum);
+        }
+        if (c == s.C) continue;
+        const int n = int(s.C - c);
+        Vec sum = zero();
+        for (int i = 0; i < count; ++i) {
+          const int64_t at = hits[i].offset + c;
+          sum = add_where_n(sum, load_n(dy + at, n), argmax + at, hits[i].place, n);
+        }
+        store_n(dx + c, sum, n);
+      }
     }
   });
 }
