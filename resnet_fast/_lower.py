@@ -331,7 +331,14 @@ class Network:
             known = _choices.get(name)
             measure = 1 if tune and known is None and os.environ.get("RESNET_FAST_TUNE", "1") != "0" else 0
             given = {int(k): v for k, v in json.loads(known).items()} if known else {}
-            plan = self.net.plan(n, h, w, threads, self.exact, measure, given)
+            try:
+                plan = self.net.plan(n, h, w, threads, self.exact, measure, given)
+            except ValueError:
+                if not given:
+                    raise
+                plan = self.net.plan(
+                    n, h, w, threads, self.exact, measure, {}
+                )  # kept by another version of the kernels
             if measure:
                 _choices.put(name, json.dumps(plan.choices()))
             self._plans[key] = plan

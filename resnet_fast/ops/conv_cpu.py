@@ -62,10 +62,83 @@ def run(
     memory = torch.empty(packed_bytes + scratch_bytes + 128, dtype=torch.uint8)
     packed = -(-memory.data_ptr() // 64) * 64
     scratch = -(-(packed + packed_bytes) // 64) * 64
-    filters = weight.detach().float().contiguous()
-    native.conv_pack(shape, dtype, config[0], packed, filters.data_ptr(), common.address(scale), threads)
-    native.conv_run(
-        shape, dtype, config, y.data_ptr(), x.data_ptr(), packed, 0, common.address(shift), common.address(residual), relu, scratch,
-        threads,
-    )  # fmt: skip
+    filters = weight.detach().float()
+    if scale is None and native.conv_pack_strided_why_not(shape, dtype, config[0]) is None:
+        native.conv_pack_strided(shape, config[0], packed, filters.data_ptr(), *filters.stride(), threads)
+    else:
+        filters = filters.contiguous()
+        native.conv_pack(shape, dtype, config[0], packed, filters.data_ptr(), common.address(scale), threads)
+    epilogue = (0, common.address(shift), common.address(residual), relu)
+    native.conv_run(shape, dtype, config, y.data_ptr(), x.data_ptr(), packed, *epilogue, scratch, threads)
     return y
+
+
+def backward_why_not(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    wants: list[bool],
+) -> str | None:
+    """As `why_not`, and what the gradient kernels themselves refuse."""
+    reason = why_not(dy, weight, x)
+    if reason is not None:
+        return reason
+    shape, dtype = sizes(x, weight, stride, padding, dilation, groups), _native.DTYPES[x.dtype]
+    if wants[0] and not _is_convolution(weight, stride, padding, dilation):
+        reason = _native.module().conv_dgrad_why_not(shape, dtype)
+    if reason is None and wants[1]:
+        reason = _native.module().conv_wgrad_why_not(shape, dtype)
+    return reason
+
+
+def _is_convolution(weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> bool:
+    """Whether the data gradient is itself a convolution of dy: stride 1, and padding that fits."""
+    return stride[0] == stride[1] == 1 and all(padding[i] <= dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1))
+
+
+def data_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """dx. At stride 1 a convolution of dy by the filters with K and C exchanged and their taps reversed."""
+    if _is_convolution(weight, stride, padding, dilation):
+        k, c, r, s = weight.shape
+        turned = weight.detach().view(groups, k // groups, c, r, s).transpose(1, 2).flip(3, 4)
+        filters = turned.reshape(groups * c, k // groups, r, s)
+        around = [dilation[i] * (weight.shape[2 + i] - 1) - padding[i] for i in (0, 1)]
+        return run(dy, filters, None, None, None, False, [1, 1], around, dilation, groups)
+    native, threads = _native.module(), torch.get_num_threads()
+    shape, dy = sizes(x, weight, stride, padding, dilation, groups), common.channels_last(dy)
+    dx, filters = common.empty_output(x), weight.detach().float()
+    place = (dx.data_ptr(), dy.data_ptr(), filters.data_ptr(), *filters.stride(), threads)
+    native.conv_dgrad(shape, _native.DTYPES[x.dtype], *place)
+    return dx
+
+
+def weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """dw, with the weight's strides."""
+    native, threads = _native.module(), torch.get_num_threads()
+    shape = sizes(x, weight, stride, padding, dilation, groups)
+    dy, x = common.channels_last(dy), common.channels_last(x)
+    dw = torch.empty_like(weight, dtype=torch.float32)
+    place = (dw.data_ptr(), *dw.stride(), dy.data_ptr(), x.data_ptr(), threads)
+    native.conv_wgrad(shape, _native.DTYPES[x.dtype], *place)
+    return dw.to(weight.dtype)

@@ -1,7 +1,12 @@
-"""conv2d by the C++ kernels: register tiles, and Winograd for 3x3 at stride 1 unless `exact` forbids it."""
+"""conv2d by the C++ kernels: register tiles, and Winograd for 3x3 at stride 1 unless `exact` forbids it.
+
+Backward: the weight gradient as a register tile over pixels; the data gradient by residue classes of the stride, so that
+no tap is wasted.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from resnet_fast.ops import conv_cpu
@@ -9,9 +14,9 @@ from resnet_fast.ops import conv_cpu
 
 def why_not(door: str, first: Tensor, second: Tensor, *args: object) -> str | None:
     """Dense CPU tensors of one dtype, float32 or bfloat16."""
-    if door == "bwd":
-        return "the cpu room of conv2d has no backward kernels; torch's are used"
-    return conv_cpu.why_not(first, second, args[0])
+    if door == "fwd":
+        return conv_cpu.why_not(first, second, args[0])
+    return conv_cpu.backward_why_not(first, second, *args)
 
 
 def fwd(
@@ -39,5 +44,9 @@ def bwd(
     groups: int,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Never reached: `why_not` refuses it."""
-    raise NotImplementedError("the cpu room of conv2d has no backward kernels")
+    """dx, dw, dbias as far as wanted (empty where not)."""
+    none, window = x.new_empty(0), (stride, padding, dilation, groups)
+    dx = conv_cpu.data_gradient(dy, x, weight, *window) if wants[0] else none
+    dw = conv_cpu.weight_gradient(dy, x, weight, *window) if wants[1] else none.clone()
+    db = dy.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype) if wants[2] else none.clone()
+    return dx, dw, db
