@@ -56,7 +56,8 @@ def tensors(case, dtype):
 
 def reference(dy, x, w, case):
     stride, padding, dilation = (list(v) for v in case[6:])
-    return torch.ops.aten.convolution_backward(dy, x, w, None, stride, padding, dilation, False, [0, 0], 1, [True, True, False])[:2]
+    options = (stride, padding, dilation, False, [0, 0], 1, [True, True, False])
+    return torch.ops.aten.convolution_backward(dy, x, w, None, *options)[:2]
 
 
 def sizes(dy, x, case):
@@ -124,7 +125,7 @@ def aligned(size: int) -> torch.Tensor:
     return raw[skip : skip + size // 4]
 
 
-def pack_pair(sizes, algorithm, dense, w, wanted_strides, address, threads):
+def pack_pair(sizes, algorithm, dense, wanted_strides, address, threads):
     """The packed bytes of dense filters by conv_pack and of the strided ones."""
     size = _C.conv_packed_bytes(sizes, 0, algorithm)
     a, b = aligned(size), aligned(size)
@@ -146,11 +147,11 @@ def test_strided_packing_has_conv_packs_bits(name, channels):
         backward = [1, 8, 8, k, c, 3, 3, 8, 8, 1, 1, 1, 1, 1, 1, 1]
         assert _C.conv_pack_strided_why_not(forward, 0, algorithm) is None
         for threads in (1, 3):
-            a, b = pack_pair(forward, algorithm, w.contiguous(), w, (sk, sc, sr, ss), w.data_ptr(), threads)
+            a, b = pack_pair(forward, algorithm, w.contiguous(), (sk, sc, sr, ss), w.data_ptr(), threads)
             assert not a.isnan().any() and torch.equal(a, b)
             flipped = w.transpose(0, 1).flip(2, 3).contiguous()
             last = w.data_ptr() + 4 * (2 * sr + 2 * ss)
-            a, b = pack_pair(backward, algorithm, flipped, w, (sc, sk, -sr, -ss), last, threads)
+            a, b = pack_pair(backward, algorithm, flipped, (sc, sk, -sr, -ss), last, threads)
             assert not a.isnan().any() and torch.equal(a, b)
 
 
@@ -166,7 +167,9 @@ def test_data_gradient_by_a_convolution(name):
     _C.conv_pack_strided(shape, algorithm, packed.data_ptr(), w.data_ptr() + 4 * (2 * sr + 2 * ss), sc, sk, -sr, -ss, 2)
     config = (algorithm, 0, 0, 0)
     scratch = aligned(_C.conv_scratch_bytes(shape, 0, config, 2))
-    _C.conv_run(shape, 0, config, dx.data_ptr(), dy.data_ptr(), packed.data_ptr(), 0, 0, 0, False, scratch.data_ptr(), 2)
+    _C.conv_run(
+        shape, 0, config, dx.data_ptr(), dy.data_ptr(), packed.data_ptr(), 0, 0, 0, False, scratch.data_ptr(), 2
+    )
     exact = reference(dy.double(), x.double(), w.double(), case)[0]
     assert ((dx.double() - exact).abs().max() / exact.abs().max()).item() <= 3e-6
 
@@ -178,7 +181,7 @@ def test_packing_of_other_kinds_is_refused():
 
 
 def test_sliced_weights():
-    dy, x, w = tensors(CASES[0], torch.float32)
+    dy, x, _ = tensors(CASES[0], torch.float32)
     wide = torch.randn(64, 100, 3, 3)
     part = wide[:, 20:84]
     assert torch.equal(dgrad(dy, x, part, CASES[0]), dgrad(dy, x, part.contiguous(), CASES[0]))
@@ -193,8 +196,12 @@ def test_groups_are_refused():
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa(isa):
     env = {**os.environ, "RESNET_FAST_ISA": isa}
-    probe = subprocess.run([sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True)
+    probe = subprocess.run(
+        [sys.executable, "-c", "from resnet_fast import _C; print(_C.isa())"], env=env, capture_output=True, text=True
+    )
     if probe.returncode:
         pytest.skip(probe.stderr.strip().splitlines()[-1])
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__], env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__], env=env, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout[-3000:]

@@ -45,7 +45,7 @@ def output(x, case):
 
 
 def sizes(x, y, case):
-    pair = lambda v: (v, v) if isinstance(v, int) else v  # noqa: E731
+    pair = lambda v: (v, v) if isinstance(v, int) else v
     n, c, h, w = x.shape
     return (n, h, w, c, *y.shape[2:], *(v for option in case[1:5] for v in pair(option)))
 
@@ -74,7 +74,7 @@ def pool_backward(dy, argmax, x, case, threads=1):
 
 def flat_index(argmax, x, case):
     """torch's index from ours."""
-    n, h, w, c, p, q, r, s, sh, sw, ph, pw, dh, dw = sizes(x, argmax, case)
+    _, _, w, _, p, q, _, s, sh, sw, ph, pw, dh, dw = sizes(x, argmax, case)
     place = argmax.long()
     row = torch.arange(p)[:, None] * sh - ph + place // s * dh
     return row * w + torch.arange(q) * sw - pw + place % s * dw
