@@ -72,24 +72,18 @@ def threads():
 
 
 def pytest_generate_tests(metafunc):
-    """Operator tests (classes with `op`) run over every room, each in its main dtypes, and over the class's cases."""
+    """Operator tests (classes with `op`) run over every room that can run here (test_backends.py
+    reads the others' sentences), each in its main dtypes, and over the class's cases."""
     op = getattr(metafunc.cls, "op", None)
     if op is None:
         return
     if "room" in metafunc.fixturenames:
-        names = rooms.rooms(op)
+        names = [room for room in rooms.rooms(op) if rooms.cannot_run(op, room) is None]
         if "dtype" in metafunc.fixturenames:
             pairs = [(room, dtype) for room in names for dtype in rooms.MAIN_DTYPES[room]]
-            metafunc.parametrize("room, dtype", [_room(op, r, d) for r, d in pairs])
+            metafunc.parametrize("room, dtype", pairs, ids=[f"{r}-{str(d)[6:]}" for r, d in pairs])
         else:
-            metafunc.parametrize("room", [_room(op, r) for r in names])
+            metafunc.parametrize("room", names)
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", list(metafunc.cls.cases.values()), ids=list(metafunc.cls.cases))
 
-
-def _room(op, room, *values):
-    reason = rooms.cannot_run(op, room)
-    marks = [pytest.mark.skipif(True, reason=reason)] if reason else []
-    if room in ("cuda", "triton"):
-        marks.append(pytest.mark.gpu) if rooms.device(room) == "cuda" else None
-    return pytest.param(room, *values, marks=marks, id="-".join([room, *(str(v)[6:] for v in values)]))

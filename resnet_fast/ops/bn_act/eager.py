@@ -81,8 +81,8 @@ def bwd(
         dy = aten.threshold_backward(dy, y.detach(), 0)
     dx, dweight, dbias = none, none, none
     if any(wants[:3]):
-        # One layout for both: torch rounds dweight and dbias to bfloat16 where x and dy differ in it.
-        grad, x = common.channels_last(dy.to(x.dtype)), common.channels_last(x)
+        # The same strides for both: torch rounds dweight and dbias to bfloat16 where x and dy differ in layout.
+        grad, x = common.as_output(dy.to(x.dtype)), common.as_output(x)
         mask = [wants[0], wants[1], wants[2]]
         given = (grad, x, weight, mean, var, mean, rstd, training, eps, mask)
         dx, dweight, dbias = aten.native_batch_norm_backward(*given)

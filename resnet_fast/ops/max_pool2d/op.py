@@ -81,7 +81,7 @@ def _setup(ctx, inputs, output) -> None:
     x, *ctx.window, _, _ = inputs
     ctx.x = (x.shape[2], x.shape[3], x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last))
     ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*(output[1:] if inputs[-1] else output))  # without the places there is no gradient
 
 
 def _backward(ctx, dy: Tensor, _):
