@@ -50,9 +50,11 @@ def path() -> Path:
 
 
 def _trusted(file: Path) -> bool:
+    info = file.stat()
+    if not stat.S_ISREG(info.st_mode):  # reading a named pipe would wait for ever
+        return False
     if not hasattr(os, "getuid"):
         return True
-    info = file.stat()
     return info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
@@ -64,7 +66,7 @@ def _read(file: Path) -> dict[str, str]:
         if data["format"] != FORMAT or data["machine"] != machine():
             return {}
         return {k: v for k, v in data["choices"].items() if isinstance(k, str) and isinstance(v, str)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -114,4 +116,12 @@ def save() -> None:
             return
 
 
+def _after_fork() -> None:
+    """A lock that another thread held at the fork is never released in the child."""
+    global _lock
+    _lock = threading.RLock()
+
+
 atexit.register(save)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -197,6 +197,16 @@ def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
+def _after_fork() -> None:
+    """A lock that another thread held at the fork is never released in the child."""
+    global _tune_lock
+    _tune_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextmanager
 def record() -> Iterator[list[tuple[str, str, str]]]:
     """Collect (operator, door, room) of every call this thread makes while the context lasts."""

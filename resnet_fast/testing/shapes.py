@@ -1,26 +1,11 @@
-"""Real layer shapes of the ResNet families, and odd ones; tests and benchmarks share them.
-
-A family is told by four numbers per network (He et al. 2015, table 1; Xie et al. 2017; Zagoruyko and Komodakis 2016):
-the kind of block, the blocks per stage, the groups and the base width. Everything else follows.
-"""
+"""Real layer shapes of the ResNet families, derived from the models' table, and odd ones; tests and benchmarks share them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-#: name: (bottleneck, blocks per stage, groups, base width)
-NETWORKS = {
-    "resnet18": (False, (2, 2, 2, 2), 1, 64),
-    "resnet34": (False, (3, 4, 6, 3), 1, 64),
-    "resnet50": (True, (3, 4, 6, 3), 1, 64),
-    "resnet101": (True, (3, 4, 23, 3), 1, 64),
-    "resnet152": (True, (3, 8, 36, 3), 1, 64),
-    "resnext50_32x4d": (True, (3, 4, 6, 3), 32, 4),
-    "resnext101_32x8d": (True, (3, 4, 23, 3), 32, 8),
-    "resnext101_64x4d": (True, (3, 4, 23, 3), 64, 4),
-    "wide_resnet50_2": (True, (3, 4, 6, 3), 1, 128),
-    "wide_resnet101_2": (True, (3, 4, 23, 3), 1, 128),
-}
+from resnet_fast.models.resnet import ARCHITECTURES
+from resnet_fast.nn import Bottleneck
 
 
 @dataclass(frozen=True)
@@ -77,15 +62,16 @@ def output_size(n: int, kernel: int, stride: int = 1, padding: int = 0, dilation
 
 def layers(network: str, size: int = 224) -> list[Layer]:
     """Every convolution of a network in the order it runs, for images of `size` x `size`."""
-    bottleneck, blocks, groups, base_width = NETWORKS[network]
+    block, blocks, groups, base_width = ARCHITECTURES[network][:4]
+    bottleneck = block is Bottleneck
     found = [Layer(3, size, size, 64, 7, 7, stride=2, padding=3)]
     size = output_size(found[0].P, 3, 2, 1)  # the stem's max pool
     channels = 64
     for stage, count in enumerate(blocks):
         planes = 64 << stage
         out = planes * 4 if bottleneck else planes
-        for block in range(count):
-            stride = 2 if stage and not block else 1
+        for place in range(count):
+            stride = 2 if stage and not place else 1
             new = output_size(size, 1, stride)
             if bottleneck:
                 width = planes * base_width // 64 * groups
@@ -107,7 +93,7 @@ def layers(network: str, size: int = 224) -> list[Layer]:
 
 def distinct(*networks: str, size: int = 224) -> list[Layer]:
     """The different layers of some networks (default: all), first come first."""
-    return list(dict.fromkeys(layer for name in networks or NETWORKS for layer in layers(name, size)))
+    return list(dict.fromkeys(layer for name in networks or ARCHITECTURES for layer in layers(name, size)))
 
 
 #: Convolutions no network here has, each for a reason: channels that fill no vector, sides that divide by nothing.
