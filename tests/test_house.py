@@ -219,7 +219,7 @@ def test_public_type_hints(name):
 
 def test_public_names():
     """Pinned: users import these."""
-    assert set(functional.__all__) == {"add_relu", "bn_act", "conv2d", "conv_bn_act", "max_pool2d"}
+    assert set(functional.__all__) == {"add_relu", "bn_act", "bn_act_conv2d", "conv2d", "conv_bn_act", "max_pool2d"}
     wanted = {"convert", "exact", "explain", "freeze", "functional", "nn", "restore", "use_backend"}
     assert wanted <= set(resnet_fast.__all__)
     assert all(hasattr(resnet_fast, name) for name in resnet_fast.__all__)
@@ -239,6 +239,8 @@ def test_public_parameters():
     expected = {
         "add_relu": "x residual",
         "bn_act": "x running_mean running_var weight bias residual training momentum eps act",
+        "bn_act_conv2d": "z running_mean running_var bn_weight bn_bias weight bias training momentum eps stride padding "
+        "dilation groups",
         "conv2d": "x weight bias stride padding dilation groups",
         "conv_bn_act": "x weight bias running_mean running_var bn_weight bn_bias residual training momentum eps act "
         "stride padding dilation groups",
