@@ -86,4 +86,3 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize("room", names)
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", list(metafunc.cls.cases.values()), ids=list(metafunc.cls.cases))
-

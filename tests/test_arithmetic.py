@@ -122,9 +122,9 @@ def test_parameters_of_a_network(name):
     norms = sum(2 * layer.K for layer in layers)
     channels = 2048 if name in ("resnet50", "resnet101", "resnet152") else 512
     assert convolutions + norms + channels * 1000 + 1000 == PARAMETERS[name]
-    assert 1 + sum(layer.R == 3 for layer in layers) + sum(
-        layer.R == 1 and layer.relu for layer in layers
-    ) + 1 == int(name.removeprefix("resnet"))  # the name counts the weighted layers, shortcuts apart
+    assert 1 + sum(layer.R == 3 for layer in layers) + sum(layer.R == 1 and layer.relu for layer in layers) + 1 == int(
+        name.removeprefix("resnet")
+    )  # the name counts the weighted layers, shortcuts apart
 
 
 def test_flops_of_resnet50():
@@ -142,6 +142,8 @@ def test_layer_shapes_are_the_models():
         model = getattr(resnet, name)().to("meta").eval()
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d):
-                seen.append((module.in_channels, module.out_channels, *module.kernel_size, module.stride[0], module.groups))
+                seen.append(
+                    (module.in_channels, module.out_channels, *module.kernel_size, module.stride[0], module.groups)
+                )
         expected = [(v.C, v.K, v.R, v.S, v.stride, v.groups) for v in shapes.layers(name)]
         assert sorted(seen) == sorted(expected)

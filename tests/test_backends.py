@@ -36,7 +36,9 @@ def ran(function=lambda: functional.add_relu(X, X)):
 
 def python(code, **environment):
     """A fresh process; its output."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RESNET_FAST_") or k == "RESNET_FAST_CACHE"} | environment
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith("RESNET_FAST_") or k == "RESNET_FAST_CACHE"
+    } | environment
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -72,15 +74,18 @@ def test_every_room_can_run_or_says_why_not(op):
 
 
 def test_a_room_the_operator_has_not():
-    with backends.use_backend("onednn"), pytest.raises(RuntimeError, match=r"'onednn' cannot run add_relu.fwd: .*no onednn room"):
+    with (
+        backends.use_backend("onednn"),
+        pytest.raises(RuntimeError, match=r"'onednn' cannot run add_relu.fwd: .*no onednn room"),
+    ):
         functional.add_relu(X, X)
 
 
 def test_unknown_names(monkeypatch):
-    with pytest.raises(ValueError, match="wanted one of auto, .*eager, got 'fastest'"), backends.use_backend("fastest"):
+    with pytest.raises(ValueError, match=r"wanted one of auto, .*eager, got 'fastest'"), backends.use_backend("fastest"):
         pass
     monkeypatch.setenv("RESNET_FAST_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="RESNET_FAST_BACKEND: wanted one of .* got 'fastest'"):
+    with pytest.raises(ValueError, match=r"RESNET_FAST_BACKEND: wanted one of .* got 'fastest'"):
         functional.add_relu(X, X)
 
 
@@ -335,7 +340,11 @@ def test_a_folder_that_cannot_be_made(monkeypatch, where):
     assert _choices.get("k") == "eager"
     code = "from resnet_fast import _choices; _choices.put('k', 'eager'); print('done')"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"RESNET_FAST_CACHE": where}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        env=os.environ | {"RESNET_FAST_CACHE": where},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0 and done.stdout.strip() == "done" and "Traceback" not in done.stderr
 
@@ -424,11 +433,23 @@ def test_import_costs_no_choice_file(cache):
     assert not list(cache.iterdir())
 
 
-def test_set_num_threads_reaches_our_kernels(threads):
-    """The count is torch's, also in a fresh Python thread, where raw OpenMP would ask for every core."""
-    threads(1)
-    seen = []
-    other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-    other.start()
-    other.join()
-    assert seen == [1]
+@needs_module
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts a process's threads by /proc")
+@pytest.mark.parametrize("count", [1, 3])
+def test_set_num_threads_reaches_our_kernels(count):
+    """Also in a fresh Python thread, where raw OpenMP would start as many as there are cores."""
+    code = f"""
+import os, threading, torch
+from resnet_fast import backends, functional
+torch.set_num_threads({count})
+x = torch.ones(1 << 20)
+def work():
+    before = len(os.listdir("/proc/self/task"))
+    with backends.use_backend("cpu"):
+        functional.add_relu(x, x)
+    print(len(os.listdir("/proc/self/task")) - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    assert python(code, OMP_NUM_THREADS="2") == str(count - 1)

@@ -41,7 +41,9 @@ def imports(path: Path) -> set[str]:
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in NAMES else node.module for a in node.names}
+            found |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in NAMES else node.module for a in node.names
+            }
     return {f for f in found if f.split(".")[0] == "resnet_fast"}
 
 
@@ -88,9 +90,7 @@ def test_one_direction(path):
             continue
         if other == "resnet_fast" and path.name == "_native.py":
             continue  # `from resnet_fast import _C`: the compiled module, which has no .py
-        assert theirs is not None and theirs <= mine, (
-            f"{name_of(path)} (layer {mine}) imports {other} (layer {theirs})"
-        )
+        assert theirs is not None and theirs <= mine, f"{name_of(path)} (layer {mine}) imports {other} (layer {theirs})"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -107,7 +107,9 @@ def test_one_caller_of_torch_library(path):
                 whole = f"{module}.{alias.name}"
                 assert "torch.library" not in whole, f"{path.name}:{node.lineno} imports torch.library"
                 if path.name != "_native.py":
-                    assert not re.search(r"resnet_fast\._(C|cuda)\b", whole), f"{path.name}:{node.lineno} imports {whole}"
+                    assert not re.search(r"resnet_fast\._(C|cuda)\b", whole), (
+                        f"{path.name}:{node.lineno} imports {whole}"
+                    )
 
 
 def test_import_without_triton_and_the_compiled_module():
@@ -146,6 +148,7 @@ def test_import_reads_no_optional_package():
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     unwanted = {"torchvision", "timm", "matplotlib", "rich", "sklearn", "pytest", "triton", "hypothesis"}
     assert done.returncode == 0 and not loaded & unwanted, loaded & unwanted
+    assert "torch.utils.cpp_extension" not in done.stdout, "nothing is compiled at import"
 
 
 # ---- what an operator has
@@ -256,7 +259,9 @@ def test_operators_are_registered():
         overload = getattr(torch.ops.resnet_fast, op).default
         assert not overload._schema.is_mutable, f"{op} changes an argument"
         for key in ("CompositeExplicitAutograd", "Meta", "Autograd"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", key), f"{op} has no {key} kernel"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", key), (
+                f"{op} has no {key} kernel"
+            )
 
 
 # ---- files
@@ -304,7 +309,8 @@ def test_setup_needs_no_torch():
     """Building needs neither torch nor the network."""
     tree = ast.parse((ROOT / "setup.py").read_text())
     top = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    modules = {a.name.split(".")[0] for n in top for a in n.names} | {(getattr(n, "module", None) or "").split(".")[0] for n in top}
+    modules = {a.name for n in top for a in n.names} | {getattr(n, "module", None) or "" for n in top}
+    modules = {name.split(".")[0] for name in modules}
     assert not modules & {"torch", "urllib", "requests", "socket", "http"}, modules
 
 

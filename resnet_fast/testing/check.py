@@ -1,8 +1,9 @@
 """The tolerance law: how far from the truth a result may be, measured and never chosen.
 
 The truth is the same computation in float64 on the same numbers. A result may be off by at most twice what plain
-PyTorch in the same dtype is off by (in its better or worse memory format: both are eager), plus one rounding of the
-output's dtype, both in the largest error and in the root of the mean square. Where eager gives NaN or an infinity, so must we, and nowhere else.
+PyTorch in the same dtype is off by (in the worse of its two memory formats: both are eager), plus one rounding of the
+output's dtype, both in the largest error and in the root of the mean square. Where eager gives NaN or an infinity, so
+must we, and nowhere else.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ class TestBnAct(Contract):
 
     def test_frozen_statistics(self, room):
         """Frozen BatchNorm: known statistics, weights that train."""
-        make = lambda: self.make(Case((4, 16, 9, 7), training=False, residual=True), torch.float32)  # noqa: E731
+        make = lambda: self.make(Case((4, 16, 9, 7), training=False, residual=True), torch.float32)
         with using(room):
             check.compare(self.ours, self.plain, make, self.wants, self.kink)
 

@@ -69,7 +69,11 @@ class TestConv2d(Contract):
                 actual = functional.conv2d(**inputs)
             truth = self.plain(**exact)
             mine, eagers = ((y.double() - truth).square().mean().sqrt() for y in (actual, self.plain(**inputs)))
-            assert mine <= (6 if dtype == torch.float32 else 2) * eagers + torch.finfo(dtype).eps / 2 * truth.square().mean().sqrt()
+            assert (
+                mine
+                <= (6 if dtype == torch.float32 else 2) * eagers
+                + torch.finfo(dtype).eps / 2 * truth.square().mean().sqrt()
+            )
 
     @pytest.mark.parametrize("padding", ["same", "valid"])
     @pytest.mark.parametrize("kernel, dilation", [((3, 3), 1), ((2, 4), 1), ((4, 3), (1, 2)), ((1, 2), 3)])
@@ -140,7 +144,8 @@ class TestConv2d(Contract):
         n, c, k = draw(st.integers(1, 3)), groups * draw(st.integers(1, 9)), groups * draw(st.integers(1, 9))
         h, w = draw(st.integers(1, 12)), draw(st.integers(1, 12))
         sizes = [
-            shapes.output_size((h, w)[i], (r, s)[i], case["stride"][i], case["padding"][i], case["dilation"][i]) for i in (0, 1)
+            shapes.output_size((h, w)[i], (r, s)[i], case["stride"][i], case["padding"][i], case["dilation"][i])
+            for i in (0, 1)
         ]
         assume(min(sizes) > 0)
 
@@ -197,7 +202,9 @@ class TestConv2d(Contract):
             ("BFloat16", (x, w, torch.randn(8).bfloat16()), {}),
         ):
             refused_as_eager(
-                lambda a=args, o=options: functional.conv2d(*a, **o), lambda a=args, o=options: F.conv2d(*a, **o), wants=words
+                lambda a=args, o=options: functional.conv2d(*a, **o),
+                lambda a=args, o=options: F.conv2d(*a, **o),
+                wants=words,
             )
 
     def test_refusals(self):

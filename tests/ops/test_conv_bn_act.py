@@ -26,7 +26,22 @@ class Case:
 EVERYDAY = Layer(16, 9, 7, 24, 3, 3, padding=1, residual=True)
 
 
-def plain(x, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual, training, act, stride, padding, dilation, groups):
+def plain(
+    x,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    bn_weight,
+    bn_bias,
+    residual,
+    training,
+    act,
+    stride,
+    padding,
+    dilation,
+    groups,
+):
     """The composition in plain torch."""
     z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     y = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, training, 0.1, 1e-5)
@@ -168,5 +183,7 @@ class TestConvBnAct(Contract):
             ("int64", RuntimeError, {"residual": torch.ones(2, 8, 4, 4).long()}),
         ):
             with pytest.raises(kind) as found:
-                functional.conv_bn_act(**{"x": x, "weight": w, "bias": None, "running_mean": v, "running_var": v} | given)
+                functional.conv_bn_act(
+                    **{"x": x, "weight": w, "bias": None, "running_mean": v, "running_var": v} | given
+                )
             refused(found.value, words)

@@ -1,6 +1,5 @@
 """max_pool2d against torch.nn.functional.max_pool2d."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from contract import Contract, outcome, refused, refused_as_eager, using
