@@ -38,6 +38,7 @@ class TestBnAct(Contract):
     op = "bn_act"
     wants = ("x", "weight", "bias", "residual")
     core = ("residual", "training", "evaluation", "linear", "evaluation, residual", "large")
+    folded = ("weight",)
     small = "small"
     cases = {  # noqa: RUF012
         "training": Case((4, 16, 9, 7)),
