@@ -64,9 +64,9 @@ def parser() -> argparse.ArgumentParser:
             "--threads", type=int, default=len(os.sched_getaffinity(0)), help="[all of this machine's cores]"
         )
         p.add_argument(
-            "--seconds", type=float, default=0.7, help="an engine's turn in a round; one call at least [0.7]"
+            "--seconds", type=float, default=0.7, help="an engine's turn in a round, one call at least [0.7; suite 0.5]"
         )
-        p.add_argument("--rounds", type=int, default=7, help="interleaved rounds [7]")
+        p.add_argument("--rounds", type=int, default=7, help="interleaved rounds [7; suite 5]")
         p.add_argument("--csv", type=Path, metavar="FILE")
         p.add_argument("--json", type=Path, metavar="FILE")
         return p
@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--plot", type=Path, metavar="FILE", help="PNG, SVG or PDF")
         if name == "suite":
             p.add_argument("--train-batch", type=_numbers, default=[16, 8], help="one, or one per model [16,8]")
+            p.set_defaults(rounds=5, seconds=0.5)  # under 8 minutes with the environment, on two cores
             p.add_argument("--output", type=Path, help="folder of the files [benchmarks/results, else here]")
     p = add("op", "one operator over every layer shape of a network, per backend", "resnet50", "1")
     p.add_argument("operator", choices=operators.OPERATORS)
