@@ -12,6 +12,7 @@ static const char* why_not(const ConvShape& s, DType) {
   if (s.stride_h != 1 || s.stride_w != 1) return "Winograd needs stride 1";
   if (s.dilation_h != 1 || s.dilation_w != 1) return "Winograd needs dilation 1";
   if (s.groups != 1) return "Winograd needs groups 1";
+  if (s.C < 3) return "Winograd needs 3 input channels: on fewer the rounding of its transforms is most of the error";
   return nullptr;
 }
 static const char* why_not4(const ConvShape& s, DType t) {

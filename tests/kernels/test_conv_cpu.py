@@ -173,19 +173,28 @@ def largest(error: torch.Tensor) -> float:
     return error.abs().max().item()
 
 
-# Times eager's own largest error: two for everything that sums products as they are, more where float32 products
-# are transformed first. Measured largest: 8.2 (winograd4) and 2.7 (winograd2) on these shapes.
-ALLOWANCE = {"winograd4": 12.0, "winograd2": 4.0}
+# Float32 against float64, as multiples of eager's own error: rms, largest, and roundings of the largest value that
+# are free. The law (twice eager's error and one rounding) is kept in rms; the largest error of a few outputs is a
+# draw against a draw of eager's, and over 300 draws of each small shape the worst needed 2.3 roundings, not one.
+# Winograd also rounds in its transforms, whatever the depth: its worst was 12 times eager's error on 8 channels of
+# one pixel, and 29 times on a single channel, which it therefore refuses.
+LIMITS = {"winograd4": (8.0, 12.0, 10), "winograd2": (3.0, 4.0, 3)}
+
+
+def rms(error: torch.Tensor) -> float:
+    return error.double().pow(2).mean().sqrt().item()
 
 
 def check(case: Case, algorithm: int, dtype: torch.dtype, y: torch.Tensor, **operands) -> None:
-    """At most the allowed multiple of eager's own error, plus one rounding of the largest value."""
-    allowance = ALLOWANCE.get(NAMES[algorithm], 2.0) if dtype == torch.float32 else 2.0
+    """Within the limits of the algorithm, in rms and at the worst output."""
+    typical, worst, free = LIMITS.get(NAMES[algorithm], (2.0, 2.0, 3)) if dtype == torch.float32 else (2.0, 2.0, 1)
     truth = reference(case, torch.float64, **operands)
-    eager = reference(case, dtype, **operands)
-    rounding = torch.finfo(dtype).eps * max(largest(truth), 1.0)
+    error = y.double() - truth
+    eager = reference(case, dtype, **operands).double() - truth
+    eps = torch.finfo(dtype).eps
     assert not y.isnan().any()
-    assert largest(y.double() - truth) <= allowance * largest(eager.double() - truth) + rounding
+    assert rms(error) <= typical * rms(eager) + eps * max(rms(truth), 1.0)
+    assert largest(error) <= worst * largest(eager) + free * eps * max(largest(truth), 1.0)
 
 
 def algorithms_for(case: Case, dtype: torch.dtype) -> list[int]:
@@ -320,6 +329,13 @@ def test_stem_reads_nchw(dtype):
             2,
         )
         assert torch.equal(y.permute(0, 3, 1, 2), conv(case, default(stem), x, w))
+
+
+@pytest.mark.parametrize("name", ["winograd2", "winograd4"])
+def test_winograd_refuses_one_channel(name):
+    case = Case(1, 2, 3, 1, 2, 3, 3, pad=(1, 1))
+    assert "3 input channels" in _C.conv_why_not(case.sizes, 0, NAMES.index(name))
+    assert NAMES[_C.conv_heuristic(case.sizes, 0, 1, False)[0]] == "direct"
 
 
 def test_direct_takes_every_shape():
