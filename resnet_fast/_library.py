@@ -56,15 +56,15 @@ def compose(name: str, schema: str, *, run: Callable[..., Any], fake: Callable[.
 def autograd(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Give an operator its gradient: `setup(ctx, inputs, output)` saves, `backward(ctx, *grads)` computes.
 
-    The backend asked for by name in forward also rules backward, which may run in another thread.
+    The backend asked for by name in forward, and `exact`, also rule backward, which may run in another thread.
     """
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.forced = backends.forced()
+        ctx.forced, ctx.exact = backends.forced(), backends.is_exact()
         setup(ctx, inputs, output)
 
     def run_backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        with backends.use_backend(ctx.forced or "auto"):
+        with backends.use_backend(ctx.forced or "auto"), backends.exact(ctx.exact):
             return backward(ctx, *grads)
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=_lib)

@@ -130,6 +130,7 @@ void scatter_tile(const ConvShape& s, const Class<Word>& k, T* dx, int64_t begin
 
 template <class T, class Word>
 void run_class(const DgradArgs& a, const Class<Word>& k, const Team& team, Word* packed, Word* block, int64_t block_rows) {
+  if (k.rows == 0) return;  // fewer rows or columns than the stride: no input pixel is in this class
   const ConvShape& s = a.shape;
   const T* dy = static_cast<const T*>(a.dy);
   T* dx = static_cast<T*>(a.dx);
