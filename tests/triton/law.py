@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,9 @@ def within_law(ours: Tensor, eager: Tensor, reference: Tensor, what: str, extra:
     if not bool(finite.any()):
         return
     ours, reference, own = ours[finite], reference[finite], (eager.double()[finite] - reference[finite]).abs().max()
-    rounding = torch.finfo(eager.dtype).eps / 2 * reference.abs() + torch.finfo(eager.dtype).tiny
+    unit = torch.finfo(eager.dtype).eps / 2
+    if eager.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        unit *= 2  # Triton's interpreter truncates where hardware rounds to nearest
+    rounding = unit * reference.abs() + torch.finfo(eager.dtype).tiny
     excess = (ours - reference).abs() - (2 * own + rounding + extra)
     assert excess.max() <= 0, f"{what}: error {(ours - reference).abs().max():.3e}, eager's own {own:.3e}"
