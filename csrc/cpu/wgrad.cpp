@@ -16,7 +16,7 @@ namespace RF_ISA {
 namespace {
 
 constexpr int64_t kBlockPixels = 448;  // depth of a tile between two visits to dw: dw's traffic against the packed x and dy in L2
-constexpr int64_t kChainPixels = 128;  // summed in registers before they join the total
+constexpr int64_t kChainPixels = 32;   // summed in registers before they join the total: 128 lost two bits against eager
 constexpr int kMostRuns = 64;          // images a block may touch
 constexpr int kStripStride = 16;       // floats from pixel to pixel in a strip of dy
 
