@@ -82,7 +82,10 @@ def test_a_room_the_operator_has_not():
 
 
 def test_unknown_names(monkeypatch):
-    with pytest.raises(ValueError, match=r"wanted one of auto, .*eager, got 'fastest'"), backends.use_backend("fastest"):
+    with (
+        pytest.raises(ValueError, match=r"wanted one of auto, .*eager, got 'fastest'"),
+        backends.use_backend("fastest"),
+    ):
         pass
     monkeypatch.setenv("RESNET_FAST_BACKEND", "fastest")
     with pytest.raises(ValueError, match=r"RESNET_FAST_BACKEND: wanted one of .* got 'fastest'"):

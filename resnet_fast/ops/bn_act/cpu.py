@@ -10,10 +10,13 @@ from resnet_fast.ops import common
 
 
 def why_not(door: str, first: Tensor, *args: object) -> str | None:
-    """Dense CPU tensors of one dtype, float32 or bfloat16; the vectors of any floating dtype."""
-    images = (first, args[4]) if door == "fwd" else (first, args[0], args[1])
+    """Dense CPU tensors of one dtype, float32 or bfloat16; the vectors float32 or of that dtype."""
+    images, vectors = ((first, args[4]), args[:4]) if door == "fwd" else ((first, *args[:2]), args[2:6])
     if first.numel() == 0:
         return "the cpu room leaves empty tensors to eager"
+    for t in vectors:
+        if t is not None and t.dtype not in (torch.float32, first.dtype):
+            return f"the cpu room wants vectors of float32 or of x's {first.dtype}, got {t.dtype}"
     return common.cpu_why_not(*images)
 
 
