@@ -169,7 +169,7 @@ def test_report_shows_failures_and_files_keep_everything(tmp_path: Path) -> None
         timer.compare(found)
         runs.append((Case(mode, "resnet50", batch), list(found.values()), 0.005))
     text = report.table(runs[0])
-    assert "failed: RuntimeError: no compiler" in text
+    assert "compile failed: RuntimeError: no compiler" in text
     assert "1.95 [1.91 2.00]" in text
     report.write_csv(runs, tmp_path / "a.csv")
     report.write_json(runs, MACHINE, tmp_path / "a.json")
@@ -211,7 +211,7 @@ def test_train_end_to_end_with_an_engine_that_fails(capsys: pytest.CaptureFixtur
     options = ["--engines", "eager,eager_bf16", "--device", "cpu"]
     assert bench.main(["train", "--model", "resnet18", "--batch", "4", *options, *SMALL]) == 0
     text = capsys.readouterr().out
-    assert "failed: BenchError: eager_bf16 is an engine for inference" in text
+    assert "eager_bf16 failed: BenchError: eager_bf16 is an engine for inference" in text
     row = next(line for line in text.splitlines() if line.startswith("eager "))
     assert float(row.split()[1].replace(",", "")) > 0
     assert "1.00 [1.00 1.00]" in row
@@ -285,6 +285,23 @@ def test_cuda_without_a_card() -> None:
         assert bench.device("auto") == "cpu"
         with pytest.raises(BenchError, match="no CUDA device"):
             bench.device("cuda")
+
+
+def test_late_rounds_are_left_out(tmp_path: Path) -> None:
+    """A case that is over its time still gets MIN_ROUNDS, and a suite gives each case its share."""
+    case = Case("infer", "resnet18", 1, size=32, data="random")
+    (eager,) = timer.measure(case, ["eager"], 9, 0.001, tmp_path, deadline=0.0)
+    assert eager.failed is None
+    assert len(eager.medians) == timer.MIN_ROUNDS
+
+
+def test_the_suite_leaves_torch_compile_out_of_training() -> None:
+    args = bench.parser().parse_args(["suite", "--device", "cpu"])
+    found = {str(case): bench.engines_of(args, case) for case in bench.cases_of(args)}
+    assert len(found) == 6
+    assert all(("compile" in names) == text.startswith("infer") for text, names in found.items())
+    args = bench.parser().parse_args(["suite", "--device", "cpu", "--engines", "eager,compile"])
+    assert all(bench.engines_of(args, case) == ["eager", "compile"] for case in bench.cases_of(args))
 
 
 def test_every_engine_has_a_legend_and_a_colour() -> None:

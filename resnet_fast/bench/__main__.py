@@ -80,12 +80,16 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--engines", type=_names, help=", ".join(engines.LEGEND))
         p.add_argument("--data", choices=["photos", "random"], default="photos", help="photographs, or noise [photos]")
         p.add_argument(
+            "--minutes", type=float, help="leave rounds out (not below 3) to end in about this time [suite 4.5]"
+        )
+        p.add_argument(
             "--exact", action="store_true", help="no Winograd convolutions; the law is then twice eager's error"
         )
         p.add_argument("--plot", type=Path, metavar="FILE", help="PNG, SVG or PDF")
         if name == "suite":
             p.add_argument("--train-batch", type=_numbers, default=[16, 8], help="one, or one per model [16,8]")
-            p.set_defaults(rounds=5, seconds=0.5)  # under 8 minutes with the environment, on two cores
+            # Under 8 minutes with making the environment, on two cores.
+            p.set_defaults(rounds=5, seconds=0.5, minutes=4.5)
             p.add_argument("--output", type=Path, help="folder of the files [benchmarks/results, else here]")
     p = add("op", "one operator over every layer shape of a network, per backend", "resnet50", "1")
     p.add_argument("operator", choices=operators.OPERATORS)
@@ -129,6 +133,14 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     return found
 
 
+def engines_of(args: argparse.Namespace, case: Case) -> list[str]:
+    """The engines asked for, else the case's own; a suite compiles no training steps, which would take a third of it."""
+    if args.engines:
+        return args.engines
+    skip = ("compile", "compile_graphs") if args.command == "suite" and case.mode == "train" else ()
+    return [name for name in engines.defaults(case) if name not in skip]
+
+
 def compare(args: argparse.Namespace) -> int:
     """infer, train and suite.
 
@@ -143,7 +155,7 @@ def compare(args: argparse.Namespace) -> int:
         raise BenchError(f"{error.name} is not installed; pip install 'resnet_fast[bench]'") from error
     begin = time.perf_counter()
     cases = cases_of(args)
-    chosen = [args.engines or engines.defaults(case) for case in cases]
+    chosen = [engines_of(args, case) for case in cases]
     for name in (n for names in chosen for n in names):
         if name not in engines.LEGEND:
             raise BenchError(f"--engines: wanted some of {', '.join(engines.LEGEND)}, got {name!r}")
@@ -153,16 +165,19 @@ def compare(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring this machine", total=sum(len(n) * (args.rounds + 1) for n in chosen))
         machine = roofline.measure(cases[0].device, args.dtype, args.threads)
-        for case, names in zip(cases, chosen, strict=True):
+        for done, (case, names) in enumerate(zip(cases, chosen, strict=True), 1):
+            deadline = begin + 60 * args.minutes * done / len(cases) if args.minutes else float("inf")
 
             def tell(text: str) -> None:
                 progress.update(task, advance=1, description=text)
 
             progress.update(task, description=f"{case}: computing the float64 result")
-            results = timer.measure(case, names, args.rounds, args.seconds, Path(folder), tell)
+            results = timer.measure(case, names, args.rounds, args.seconds, Path(folder), tell, deadline)
             runs.append((case, results, machine.floor(case, roofline.layers(case.model, case.size))))
             print("\n" + report.table(runs[-1]), flush=True)
     print("\n" + report.notes(runs, machine))
+    if args.command == "suite" and not args.engines:
+        print("torch.compile of training steps is left out of the suite; `python -m resnet_fast.bench train` has it.")
     for path in write(args, runs, machine):
         print(f"written: {path}")
     print(f"{time.perf_counter() - begin:.0f} s in all")

@@ -40,12 +40,11 @@ def _ratio(given: tuple[float, float, float] | None) -> str:
 
 
 def rows(run: Run) -> list[list[str]]:
-    """The lines of one case's table."""
+    """The lines of one case's table, of the engines that ran."""
     case, results, floor = run
     lines = []
     for r in results:
         if r.failed is not None:
-            lines.append([r.engine, f"failed: {r.failed}"[:72]])
             continue
         middle, low, high = r.seconds
         verdict = "ok" if r.correct else f"WRONG (> {r.allowed:.1e})"
@@ -69,9 +68,15 @@ def rows(run: Run) -> list[list[str]]:
 
 def table(run: Run) -> str:
     """One case as text."""
-    return f"{run[0]}, {run[0].size} px, {run[0].threads} threads\n" + tabulate(
-        rows(run), HEADER, disable_numparse=True, colalign=["left"] + ["right"] * (len(HEADER) - 1)
-    )
+    case, results, _ = run
+    rounds = max((len(r.medians) for r in results), default=0)
+    lines = [f"{case}, {case.size} px, {case.threads} threads, {rounds} rounds"]
+    found = rows(run)
+    if found:
+        align = ["left"] + ["right"] * (len(HEADER) - 1)
+        lines.append(tabulate(found, HEADER, disable_numparse=True, colalign=align))
+    lines += [f"{r.engine} failed: {r.failed}" for r in results if r.failed is not None]
+    return "\n".join(lines)
 
 
 def notes(runs: Sequence[Run], machine: Machine) -> str:

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from resnet_fast.bench.cases import Case
 
 #: Seconds an engine may take to get ready, and to answer a round beyond its own time.
 SETUP_LIMIT, ROUND_LIMIT = 900.0, 300.0
+#: Rounds a case gets however late it is.
+MIN_ROUNDS = 3
 
 #: The package's law: error against float64 at most twice eager's own plus one rounding. Winograd convolutions, which
 #: float32 networks may use, are held to three times eager's.
@@ -107,6 +110,7 @@ def measure(
     seconds: float,
     folder: Path,
     progress: Callable[[str], None] = lambda text: None,
+    deadline: float = float("inf"),
 ) -> list[Result]:
     """Run every engine of a case.
 
@@ -117,6 +121,7 @@ def measure(
         rounds, seconds: how often each engine has its turn, and how long a turn is (one call at least).
         folder: for the case's files.
         progress: called with a text whenever a step is done (one per engine, then one per engine and round).
+        deadline: of `time.perf_counter`; rounds beyond `MIN_ROUNDS` are left out after it.
 
     Returns:
         A result per engine; failed ones carry the reason.
@@ -136,6 +141,8 @@ def measure(
                     results[name].setup = answer.get("setup", 0.0)
                     progress(f"{case}: {name} {'failed' if results[name].failed else 'ready'}")
         for turn in range(rounds):
+            if turn >= MIN_ROUNDS and time.perf_counter() > deadline:
+                break
             for name in names:
                 result = results[name]
                 if result.failed is None:
