@@ -75,8 +75,9 @@ def use_backend(name: str) -> Iterator[None]:
 def exact(enabled: bool = True) -> Iterator[None]:
     """Allow only direct convolutions in this thread while the context lasts (`RESNET_FAST_EXACT=1`: always).
 
-    Winograd convolutions need up to four times fewer multiplications and lose about two bits (F(4x4) in float32: three to five
-    times eager's rms error in one layer, less over a network); with `exact` every operator obeys the package's general law, twice eager's error.
+    Winograd convolutions need up to four times fewer multiplications and lose about two bits (F(4x4) in float32: three
+    to five times eager's rms error in one layer, less over a network); with `exact` every operator obeys the package's
+    general law, twice eager's error.
     """
     before = getattr(_local, "exact", None)
     _local.exact = enabled

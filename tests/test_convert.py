@@ -407,7 +407,7 @@ def test_explain_before_convert_says_what_would_happen(small):
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match="torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         resnet_fast.convert("resnet18")
     model = resnet_fast.convert(torchvision.models.resnet18())
     with pytest.raises((RuntimeError, ValueError)):

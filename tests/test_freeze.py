@@ -142,7 +142,7 @@ def test_refuses_training(model):
 
 def test_bad_input(model):
     frozen = resnet_fast.freeze(model)
-    with pytest.raises(TypeError, match="torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         resnet_fast.freeze(torch.randn(3))
     with pytest.raises(ValueError, match="floating"):
         resnet_fast.freeze(model, dtype=torch.int8)

@@ -292,7 +292,7 @@ def test_heuristic_and_candidates_can_run():
 
 
 def test_every_candidate_is_right():
-    for case in CASES[:4] + [replace(CASES[6], N=3), *CASES[16:18]]:
+    for case in [*CASES[:4], replace(CASES[6], N=3), *CASES[16:18]]:
         for dtype in DTYPES:
             operands = inputs(case, dtype)
             for config in _C.conv_candidates(case.sizes, DTYPES.index(dtype), 2):

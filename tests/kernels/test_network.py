@@ -276,7 +276,7 @@ def test_inexact_error_of_the_logits_is_at_most_three_times_eagers():
         twin.torch(x.double()),
         twin.torch(x),
     )
-    rms = lambda e: e.square().mean().sqrt()  # noqa: E731
+    rms = lambda e: e.square().mean().sqrt()
     assert rms(y - exact) <= 3 * rms(eager.double() - exact)
 
 
@@ -400,7 +400,7 @@ def test_errors_say_what_was_wanted():
             call()
 
     net, w = _C.Network(0), torch.zeros(8, 3, 3, 3)
-    conv = lambda x=0, **kw: net.conv(x, **{"K": 8, "R": 3, "S": 3, "weight_ptr": w.data_ptr(), **kw})  # noqa: E731
+    conv = lambda x=0, **kw: net.conv(x, **{"K": 8, "R": 3, "S": 3, "weight_ptr": w.data_ptr(), **kw})
     fails("dtype", lambda: _C.Network(2))
     fails("at least one channel", lambda: net.input(0))
     fails("no value 0", lambda: conv())

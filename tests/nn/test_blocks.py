@@ -1,0 +1,106 @@
+"""The package's own blocks against the same blocks written in plain torch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fast
+from resnet_fast.nn import BasicBlock, Bottleneck, ConvBNAct
+from tests.model_law import realistic
+
+
+class Plain(nn.Module):
+    """A residual block as the paper draws it, on the modules of ours."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = copy.deepcopy(block)
+
+    def forward(self, x):
+        b = self.block
+        y = torch.relu(b.bn1(b.conv1(x)))
+        y = b.bn2(b.conv2(y))
+        if isinstance(b, Bottleneck):
+            y = b.bn3(b.conv3(torch.relu(y)))
+        return torch.relu(y + (x if b.downsample is None else b.downsample(x)))
+
+
+def projection(inplanes: int, planes: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+
+
+BLOCKS = {
+    "basic": (lambda: BasicBlock(8, 8), (2, 8, 9, 7)),
+    "basic, projection": (lambda: BasicBlock(8, 12, 2, projection(8, 12, 2)), (2, 8, 9, 7)),
+    "bottleneck": (lambda: Bottleneck(16, 4), (2, 16, 7, 7)),
+    "bottleneck, projection": (lambda: Bottleneck(8, 4, 2, projection(8, 16, 2)), (2, 8, 9, 9)),
+    "grouped": (lambda: Bottleneck(16, 4, groups=2, base_width=64), (2, 16, 7, 7)),
+    "dilated": (lambda: Bottleneck(16, 4, dilation=2), (2, 16, 9, 9)),
+    "wide": (lambda: Bottleneck(16, 4, base_width=128), (2, 16, 7, 7)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_is_the_papers(name, training):
+    make, shape = BLOCKS[name]
+    ours = realistic(make()).double().train(training)
+    plain = Plain(ours).train(training)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *ours.parameters()]
+    got = torch.autograd.grad(ours(x).square().sum(), inputs)
+    want = torch.autograd.grad(plain(x).square().sum(), [x, *plain.parameters()])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    for (key, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck, projection"])
+def test_gradcheck(name):
+    make, shape = BLOCKS[name]
+    block = make().double()
+    x = torch.randn(shape, dtype=torch.float64)[:, :, :4, :4].clone().requires_grad_()
+    with torch.no_grad():  # away from the kink of the ReLU
+        for part in block.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.bias.normal_(0, 0.5)
+    assert torch.autograd.gradcheck(block, (x,))
+
+
+def test_identity_keeps_the_shape_and_projection_halves_it():
+    x = torch.randn(1, 64, 56, 56)
+    assert BasicBlock(64, 64).eval()(x).shape == (1, 64, 56, 56)
+    assert BasicBlock(64, 128, 2, projection(64, 128, 2)).eval()(x).shape == (1, 128, 28, 28)
+
+
+def test_conv_bn_act():
+    module = realistic(ConvBNAct(3, 8, 3, stride=2)).double()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    residual = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    plain = copy.deepcopy(module)
+    torch.testing.assert_close(module(x), torch.relu(plain.bn(plain.conv(x))))
+    torch.testing.assert_close(module(x, residual), torch.relu(plain.bn(plain.conv(x)) + residual))
+    torch.testing.assert_close(ConvBNAct(3, 8, act=None).double()(x).min() < 0, torch.tensor(True))
+    assert "relu" in repr(module)
+
+
+def test_other_norms_run_unfused():
+    block = BasicBlock(8, 8, norm_layer=lambda c: nn.GroupNorm(2, c))
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(block(x), Plain(block)(x))
+    report = resnet_fast.explain(block)
+    assert report.fused == 0 and "GroupNorm" in report.rows[0].note
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="groups=1"):
+        BasicBlock(8, 8, groups=2)
+    with pytest.raises(RuntimeError, match="conv2d"):
+        BasicBlock(8, 8)(torch.randn(1, 4, 6, 6))
