@@ -77,12 +77,25 @@ def pytest_generate_tests(metafunc):
     op = getattr(metafunc.cls, "op", None)
     if op is None:
         return
-    if "room" in metafunc.fixturenames:
-        names = [room for room in rooms.rooms(op) if rooms.cannot_run(op, room) is None]
-        if "dtype" in metafunc.fixturenames:
-            pairs = [(room, dtype) for room in names for dtype in rooms.MAIN_DTYPES[room]]
-            metafunc.parametrize("room, dtype", pairs, ids=[f"{r}-{str(d)[6:]}" for r, d in pairs])
-        else:
-            metafunc.parametrize("room", names)
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", list(metafunc.cls.cases.values()), ids=list(metafunc.cls.cases))
+    names = [room for room in rooms.rooms(op) if rooms.cannot_run(op, room) is None]
+    cases = getattr(metafunc.cls, "cases", {})
+    pairs = [(room, dtype) for room in names for dtype in rooms.MAIN_DTYPES[room]]
+    wanted = metafunc.fixturenames
+    if {"room", "dtype", "case"} <= set(wanted):
+        # Beside float32 and bfloat16 the eager room is torch itself: the core cases are enough of it.
+        every = [
+            (room, dtype, name)
+            for room, dtype in pairs
+            for name in cases
+            if dtype in SHARED or room != "eager" or name in metafunc.cls.core
+        ]
+        ids = [f"{room}-{str(dtype)[6:]}-{name}" for room, dtype, name in every]
+        metafunc.parametrize("room, dtype, case", [(r, d, cases[n]) for r, d, n in every], ids=ids)
+    elif "room" in wanted and "dtype" in wanted:
+        metafunc.parametrize("room, dtype", pairs, ids=[f"{r}-{str(d)[6:]}" for r, d in pairs])
+    elif "room" in wanted:
+        metafunc.parametrize("room", names)
+
+
+#: The dtypes every room has.
+SHARED = (torch.float32, torch.bfloat16)

@@ -75,6 +75,11 @@ class Contract:
     folded: ClassVar[tuple[str, ...]] = ()  # factors: what infinities of them give is the order of arithmetic
     kink = None
 
+    @pytest.fixture(autouse=True)
+    def one_thread(self, threads):
+        """Small tensors: a second thread only waits, and on a busy machine it waits for its core."""
+        threads(1)
+
     def make(self, case: Any, dtype: torch.dtype) -> dict[str, Any]:
         """Fresh random inputs of a case."""
         raise NotImplementedError
@@ -314,7 +319,8 @@ class Contract:
                 torch.testing.assert_close(actual[finite], eager[finite], rtol=0.05, atol=0.05 * _size(eager[finite]))
 
     def test_nan_in_dy(self, room):
-        inputs = self.make(self.cases[self.core[0]], torch.float32)
+        # Convolutions without padding: whether NaN times the 0 beyond the border counts, torch's own kernels disagree.
+        inputs = self.make(self.cases[self.core["weight" in self.wants]], torch.float32)
         names = self.given(inputs)
         with using(room):
             y = self.ours(**inputs)
@@ -395,8 +401,9 @@ class Contract:
             for name in want:
                 torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
 
-    def test_forked_worker(self, room):
+    def test_forked_worker(self, room, threads):
         """A DataLoader worker is forked after this process has run parallel regions, and must not hang."""
+        threads(2)
         case = self.cases[self.core[-1]]
         inputs = self.make(case, torch.float32)
         with using(room), torch.no_grad():
