@@ -67,10 +67,13 @@ sanitize: .venv-test/.done  ## the kernels' tests under AddressSanitizer and Und
 
 gpu-proof: .venv-test/.done  ## what can be proved about the GPU kernels without a GPU
 	.venv-test/bin/python -m pytest tests/triton tests/cuda -m 'proof or not proof' $(PYTEST_ARGS)
+	.venv-test/bin/python tools/cuda_resources.py --check
 
 gpu: .venv-bench/.done .venv-test/.done  ## on a machine with a GPU: tests, compute-sanitizer, benchmark
 	.venv-test/bin/python -m pytest -m gpu $(PYTEST_ARGS)
 	compute-sanitizer --error-exitcode 1 .venv-test/bin/python -m pytest -m gpu tests/triton tests/cuda $(PYTEST_ARGS)
+	compute-sanitizer --tool racecheck --error-exitcode 1 .venv-test/bin/python -m pytest -m gpu tests/cuda $(PYTEST_ARGS)
+	.venv-bench/bin/python tools/cuda_timing.py --csv benchmarks/results/cuda_timing.csv
 	.venv-bench/bin/python -m resnet_fast.bench suite --device cuda --batch 1,64,256 --train-batch 128 --dtype float32,bfloat16 $(BENCH_ARGS)
 
 info: .venv-bench/.done  ## what is built, what would run here, and why not

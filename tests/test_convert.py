@@ -40,14 +40,13 @@ def exact_convolutions():
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_trains_as_eager(name):
-    deep = name not in ("resnet18", "resnet34", "resnet50")
-    same_training(lambda: getattr(torchvision.models, name)(), fused, size=64, steps=1 if deep else 3)
+    same_training(lambda: getattr(torchvision.models, name)(), fused, size=64)
 
 
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_trains_as_eager(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    same_training(lambda: timm.create_model(name), fused, size=64, steps=1)
+    same_training(lambda: timm.create_model(name), fused, size=64)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
