@@ -25,13 +25,13 @@ help:  ## this list
 	.venv-lint/bin/python -m pip install --quiet --disable-pip-version-check ruff clang-format
 	@touch $@
 
-bench: .venv-bench/.done  ## fused against eager and torch.compile on photographs: table, CSV, JSON, picture (< 8 minutes)
+bench: .venv-bench/.done  ## fused against eager and torch.compile on photographs: table, CSV, JSON, picture
 	.venv-bench/bin/python -m resnet_fast.bench suite $(BENCH_ARGS)
 
 bench-ops: .venv-bench/.done  ## pytest-benchmark over the operators and models
 	.venv-bench/bin/python -m pytest benchmarks/ops benchmarks/models -p no:cacheprovider -o python_files='bench_*.py' -o python_functions='bench_*' $(PYTEST_ARGS)
 
-test: .venv-test/.done  ## the tests (< 15 minutes)
+test: .venv-test/.done  ## the tests
 	.venv-test/bin/python -m pytest -m 'not slow and not gpu and not proof' $(PYTEST_ARGS)
 
 test-all: .venv-test/.done  ## the tests, the long ones too
