@@ -25,6 +25,33 @@ def realistic(model: nn.Module) -> nn.Module:
     return model
 
 
+def away_from_kinks(model: nn.Module, x: Tensor) -> nn.Module:
+    """Norms that keep every ReLU's input about six standard deviations from 0, and statistics that fit inputs like x.
+
+    One activation that rounds to the other side of 0 changes whole gradients by a thousand times the rounding, in
+    eager as in ours, and then errors say nothing. Here channels are on or off for good: a third of those of the norms
+    named bn1 (no residual is added behind them) are off, all others on.
+    """
+    for name, m in model.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine and m.bias is not None:
+            with torch.no_grad():
+                m.weight.uniform_(0.25, 0.35)
+                m.bias.fill_(2.0)
+                if name.endswith("bn1"):
+                    m.bias[torch.rand_like(m.bias) < 1 / 3] = -2.0
+    fitted = copy.deepcopy(model).train()
+    for m in fitted.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.momentum = 1.0
+    with torch.no_grad():
+        fitted(x)
+    model.load_state_dict(fitted.state_dict())
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.num_batches_tracked is not None:
+            m.num_batches_tracked.zero_()
+    return model
+
+
 def train_step(
     model: nn.Module, x: Tensor, target: Tensor, lr: float = 0.0, autocast: bool = False
 ) -> dict[str, Tensor]:
@@ -92,10 +119,11 @@ def same_numerics(
     """One step in float32 or under autocast by the tolerance law.
 
     A tensor's error may not be above twice the larger of eager's error on it and eager's rms over all tensors of its
-    kind, plus one rounding. An activation within rounding of the ReLU's kink may fall on the other side in one of the
-    two runs, and then the error is a thousand times its usual size, ours or eager's: so a tensor may be outside in some
-    trials of fresh inputs, by chance, but not in all.
+    kind, plus one rounding. The ReLUs are kept away from their kinks where the norms can be set; the stem's pooling
+    still chooses between neighbours a rounding apart, and then the error before it is a thousand times its usual size,
+    ours or eager's: so a tensor may be outside in some trials of fresh inputs, by chance, but not in all.
     """
+    model = away_from_kinks(copy.deepcopy(model), torch.randn(batch, 3, size, size))
     rounding = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps
     outside: dict[str, str] | None = None
     for _ in range(trials):
