@@ -32,10 +32,10 @@ bench-ops: .venv-bench/.done  ## pytest-benchmark over the operators and models
 	.venv-bench/bin/python -m pytest benchmarks/ops benchmarks/models -p no:cacheprovider -o python_files='bench_*.py' -o python_functions='bench_*' $(PYTEST_ARGS)
 
 test: .venv-test/.done  ## the tests
-	.venv-test/bin/python -m pytest -m 'not slow and not gpu and not proof' $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -n auto -m 'not slow and not gpu and not proof' $(PYTEST_ARGS)
 
 test-all: .venv-test/.done  ## the tests, the long ones too
-	.venv-test/bin/python -m pytest -m 'not gpu' $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -n auto -m 'not gpu' $(PYTEST_ARGS)
 
 lint: .venv-lint/.done  ## ruff and clang-format, changing nothing
 	.venv-lint/bin/ruff check .
@@ -66,7 +66,7 @@ sanitize: .venv-test/.done  ## the kernels' tests under AddressSanitizer and Und
 	  PYTHONPATH=. ../../.venv-test/bin/python -m pytest tests/kernels -p no:cacheprovider $(PYTEST_ARGS)
 
 gpu-proof: .venv-test/.done  ## what can be proved about the GPU kernels without a GPU
-	.venv-test/bin/python -m pytest tests/triton tests/cuda -m 'proof or not proof' $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -n auto tests/triton tests/cuda -m 'proof or not proof' $(PYTEST_ARGS)
 	.venv-test/bin/python tools/cuda_resources.py --check
 
 gpu: .venv-bench/.done .venv-test/.done  ## on a machine with a GPU: tests, compute-sanitizer, benchmark

@@ -16,6 +16,9 @@ from resnet_fast.testing import rooms
 _folder = tempfile.TemporaryDirectory(prefix="resnet_fast-tests-")
 os.environ.setdefault("RESNET_FAST_TUNE", "0")  # the rooms' order decides, not this machine's noise
 os.environ["RESNET_FAST_CACHE"] = _folder.name  # before any test, and for the processes tests start
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_addoption(parser):
