@@ -12,10 +12,11 @@ from resnet_fast import functional, models, nn
 from resnet_fast.backends import exact, use_backend
 from resnet_fast.convert import convert, explain, restore
 from resnet_fast.freeze import freeze
+from resnet_fast.tune import tune
 
 try:
     __version__ = version("resnet_fast")
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+source"
 
-__all__ = ["convert", "exact", "explain", "freeze", "functional", "models", "nn", "restore", "use_backend"]
+__all__ = ["convert", "exact", "explain", "freeze", "functional", "models", "nn", "restore", "tune", "use_backend"]

@@ -14,6 +14,8 @@ import os
 import platform
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +26,28 @@ FORMAT = 1
 _lock = threading.RLock()
 _known: dict[str, str] | None = None
 _fresh: dict[str, str] = {}
+_insisting = 0  # how many `tuning` contexts are open
+
+
+@contextmanager
+def tuning() -> Iterator[None]:
+    """Measure whatever is not known yet while the context lasts, RESNET_FAST_TUNE=0 or not.
+
+    Of the whole process, not of this thread: autograd runs the backward of a GPU's operators in a thread of its own.
+    """
+    global _insisting
+    with _lock:
+        _insisting += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _insisting -= 1
+
+
+def measuring() -> bool:
+    """Whether a choice that is not known is to be measured now (RESNET_FAST_TUNE=0: never, but inside `tuning`)."""
+    return _insisting > 0 or os.environ.get("RESNET_FAST_TUNE", "1") != "0"
 
 
 @functools.cache
@@ -78,6 +102,12 @@ def get(key: str) -> str | None:
             if _known is None:
                 _known = _read(path())
     return _known.get(key)
+
+
+def count() -> int:
+    """How many choices are known."""
+    get("")
+    return len(_known)  # type: ignore[arg-type]
 
 
 def put(key: str, choice: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -329,7 +328,7 @@ class Network:
         with self._lock:
             name = f"network|{self.fingerprint}|{c}|{key}|{'exact' if self.exact else ''}"
             known = _choices.get(name)
-            measure = 1 if tune and known is None and os.environ.get("RESNET_FAST_TUNE", "1") != "0" else 0
+            measure = 1 if tune and known is None and _choices.measuring() else 0
             given = {int(k): v for k, v in json.loads(known).items()} if known else {}
             try:
                 plan = self.net.plan(n, h, w, threads, self.exact, measure, given)

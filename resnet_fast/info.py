@@ -155,7 +155,7 @@ def _would_run(op: str, able: list[str]) -> str:
         return forced if forced in able else f"error: {forced} was asked for"
     if len(able) == 1:
         return able[0]
-    return able[0] if os.environ.get("RESNET_FAST_TUNE", "1") == "0" else "the fastest measured"
+    return able[0] if not _choices.measuring() else "the fastest measured"
 
 
 def choices() -> list[tuple[str, str]]:

@@ -53,11 +53,11 @@ def layer(module: str) -> int | None:
     if module == "resnet_fast":
         return 10
     head = parts[1]
-    if head in ("testing", "bench", "train", "info", "tune", "__main__"):
+    if head in ("testing", "bench", "train", "info", "__main__"):
         return 12
     if head == "models":
         return 9
-    if head in ("convert", "freeze", "_trace", "_lower", "_plan"):
+    if head in ("convert", "freeze", "tune", "_trace", "_lower", "_plan"):
         return 8
     if head == "nn":
         return 7
@@ -228,7 +228,7 @@ def test_public_type_hints(name):
 def test_public_names():
     """Pinned: users import these."""
     assert set(functional.__all__) == {"add_relu", "bn_act", "bn_act_conv2d", "conv2d", "conv_bn_act", "max_pool2d"}
-    wanted = {"convert", "exact", "explain", "freeze", "functional", "nn", "restore", "use_backend"}
+    wanted = {"convert", "exact", "explain", "freeze", "functional", "nn", "restore", "tune", "use_backend"}
     assert wanted <= set(resnet_fast.__all__)
     assert all(hasattr(resnet_fast, name) for name in resnet_fast.__all__)
     assert {"ConvBNAct", "BasicBlock", "Bottleneck"} <= set(resnet_fast.nn.__all__)

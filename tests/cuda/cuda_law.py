@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resnet_fast.ops.bn_act import eager
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,3 +44,12 @@ def assert_lawful(got: Tensor, eager: Tensor, exact: Tensor, what: str = "", siz
     assert (error <= allowed.nan_to_num(0.0)).all(), (
         f"{what}: error {error.flatten()[worst]:.3e}, allowed {allowed.flatten()[worst]:.3e}"
     )
+
+
+def assert_training_lawful(got: tuple[Tensor, Tensor, Tensor], arguments: tuple) -> None:
+    """y, mean and biased variance of bn_act with the batch's statistics, whatever the mean: var to 1e-5 of itself."""
+    double = tuple(a.double() if isinstance(a, Tensor) else a for a in arguments)
+    (y, mean, var), spec, exact = got, eager.fwd(*arguments), eager.fwd(*double)
+    assert_lawful(y, spec[0], exact[0], "y", size=float(exact[0].abs().max()))
+    assert_lawful(mean, spec[1], exact[1], "mean", size=float(arguments[0].abs().max()))
+    assert ((var.double() - exact[2]).abs() <= 1e-5 * exact[2]).all(), "var"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_law import DTYPES, assert_lawful, images, vectors
+from cuda_law import DTYPES, assert_lawful, assert_training_lawful, images, vectors
 
 from resnet_fast.ops.bn_act import cuda as room
 from resnet_fast.ops.bn_act import eager
@@ -73,6 +73,24 @@ def test_mean_far_from_zero(card, passes):
         (var.double() - exact.var((0, 2, 3), unbiased=False)) / exact.var((0, 2, 3), unbiased=False)
     ).abs().max() < 1e-5
     assert (mean.double() - exact.mean((0, 2, 3))).abs().max() < 1e4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("passes", [SEVERAL, SINGLE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_law_at_a_mean_of_a_hundred(card, passes, dtype):
+    """The check a GPU runs on larger tensors."""
+    arguments = (images(2, 64, 9, 7, dtype, shift=100.0, seed=5), None, None, None, None, None, True, 1e-5, True)
+    assert_training_lawful(card.run(room.fwd, *arguments, passes=passes), arguments)
+
+
+def test_the_law_has_teeth():
+    """A mean that is off by one thousandth of the spread is no rounding."""
+    arguments = (images(2, 8, 9, 7, torch.bfloat16, shift=100.0), None, None, None, None, None, True, 1e-5, True)
+    y, mean, var = eager.fwd(*arguments)
+    assert_training_lawful((y, mean, var), arguments)
+    for wrong in ((y, mean + 1e-3, var), (y, mean, var * (1 + 2e-5)), (y * 1.02, mean, var)):
+        with pytest.raises(AssertionError):
+            assert_training_lawful(wrong, arguments)
 
 
 def test_nan_stays_in_its_channel(card):

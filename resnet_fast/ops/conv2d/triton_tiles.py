@@ -8,7 +8,6 @@ under graph capture and without a GPU it is the first.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -183,14 +182,14 @@ def choose(key: str, tiles: list[Tile], run: Callable[[Tile], None], device: tor
         for tile in tiles:
             run(tile)
         return
-    if len(tiles) == 1 or device.type != "cuda" or os.environ.get("RESNET_FAST_TUNE", "1") == "0":
+    if len(tiles) == 1 or device.type != "cuda":
         run(tiles[0])
         return
     by_name = {str(t): t for t in tiles}
     known = _choices.get(f"triton tile|{key}")
     if known in by_name:
         run(by_name[known])
-    elif torch.cuda.is_current_stream_capturing():
+    elif not _choices.measuring() or torch.cuda.is_current_stream_capturing():
         run(tiles[0])
     else:
         best = min(tiles, key=lambda t: _seconds(run, t))
