@@ -114,7 +114,14 @@ def why_not(op: str, name: str, door: str, args: tuple[Any, ...]) -> str | None:
     module = room(op, name)
     if module is None:
         return f"{op} has no {name} room"
+    if not has_door(module, door):
+        return f"the {name} room of {op} has no {door} door"
     return module.why_not(door, *args)
+
+
+def has_door(module: ModuleType, door: str) -> bool:
+    """Whether a room has a door of its own: a function it defines, not one it imports."""
+    return getattr(getattr(module, door, None), "__module__", None) == module.__name__
 
 
 def run(op: str, door: str, *args: Any) -> Any:

@@ -113,6 +113,7 @@ def example_calls(device: str, dtype: torch.dtype) -> list[Call]:
             functional.bn_act(x, mean, var, gamma, beta, training=True),
             functional.conv2d(x, weight, padding=1),
             functional.max_pool2d(x, 3, 2, 1),
+            functional.bn_act_max_pool2d(x, mean, var, gamma, beta, 3, 2, 1, training=True),
         ):
             y.sum().backward()
         with torch.no_grad():

@@ -193,10 +193,10 @@ def test_the_same_doors(op, room):
     eager = backends.room(op, "eager")
     assert inspect.signature(module.why_not).parameters["door"]
     assert module.fwd, f"{op}.{room} has no forward"
-    for door in ("fwd", "bwd"):
-        if not hasattr(module, door):
+    for door in ("fwd", "bwd", "statistics", "dx"):
+        if not backends.has_door(module, door):
             continue
-        assert hasattr(eager, door), f"{op}.{room} has {door}, the specification has not"
+        assert backends.has_door(eager, door), f"{op}.{room} has {door}, the specification has not"
         ours, theirs = (list(inspect.signature(getattr(m, door)).parameters) for m in (module, eager))
         more = list(inspect.signature(getattr(module, door)).parameters.values())[len(theirs) :]
         assert all(p.default is not p.empty for p in more), f"{op}.{room}.{door} wants more than eager's: {more}"
@@ -227,7 +227,8 @@ def test_public_type_hints(name):
 
 def test_public_names():
     """Pinned: users import these."""
-    assert set(functional.__all__) == {"add_relu", "bn_act", "bn_act_conv2d", "conv2d", "conv_bn_act", "max_pool2d"}
+    names = "add_relu bn_act bn_act_conv2d bn_act_max_pool2d conv2d conv_bn_act max_pool2d"
+    assert set(functional.__all__) == set(names.split())
     wanted = {"convert", "exact", "explain", "freeze", "functional", "nn", "restore", "tune", "use_backend"}
     assert wanted <= set(resnet_fast.__all__)
     assert all(hasattr(resnet_fast, name) for name in resnet_fast.__all__)
@@ -246,12 +247,14 @@ def test_public_parameters():
     """Pinned: argument names and order of the operators are torch's."""
     expected = {
         "add_relu": "x residual",
-        "bn_act": "x running_mean running_var weight bias residual training momentum eps act",
+        "bn_act": "x running_mean running_var weight bias residual training momentum eps act group",
         "bn_act_conv2d": "z running_mean running_var bn_weight bn_bias weight bias training momentum eps stride padding "
-        "dilation groups",
+        "dilation groups group",
+        "bn_act_max_pool2d": "x running_mean running_var weight bias kernel_size stride padding dilation ceil_mode "
+        "training momentum eps group",
         "conv2d": "x weight bias stride padding dilation groups",
         "conv_bn_act": "x weight bias running_mean running_var bn_weight bn_bias residual training momentum eps act "
-        "stride padding dilation groups",
+        "stride padding dilation groups group",
         "max_pool2d": "x kernel_size stride padding dilation ceil_mode",
     }
     for name, parameters in expected.items():

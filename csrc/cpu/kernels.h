@@ -3,9 +3,9 @@
 #pragma once
 #include "../add_relu.h"
 #include "../bn_act.h"
+#include "../bn_act_max_pool2d.h"
 #include "../conv.h"
 #include "../conv_backward.h"
-#include "../max_pool.h"
 #include "program.h"
 
 #ifndef RF_ISA
@@ -22,6 +22,8 @@ struct Kernels {
   void (*bn_act_forward)(const BnActArgs&);
   void (*bn_act_backward)(const BnActBackwardArgs&);
   void (*bn_update_running)(const BnRunningArgs&);
+  void (*bn_act_max_pool_forward)(const BnActMaxPoolArgs&);
+  void (*bn_act_max_pool_backward)(const BnActMaxPoolBackwardArgs&);
   void (*max_pool_forward)(const MaxPoolArgs&);
   void (*max_pool_backward)(const MaxPoolBackwardArgs&);
   ConvBackwardWhyNot wgrad_why_not;

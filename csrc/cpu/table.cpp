@@ -11,6 +11,8 @@ void network_run(const Program&, void* const* bases, double* ms);
 void bn_act_forward(const BnActArgs&);
 void bn_act_backward(const BnActBackwardArgs&);
 void bn_update_running(const BnRunningArgs&);
+void bn_act_max_pool_forward(const BnActMaxPoolArgs&);
+void bn_act_max_pool_backward(const BnActMaxPoolBackwardArgs&);
 void max_pool_forward(const MaxPoolArgs&);
 void max_pool_backward(const MaxPoolBackwardArgs&);
 const char* wgrad_why_not(const ConvShape&, DType);
@@ -29,6 +31,8 @@ const Kernels kKernels = {
     /*bn_act_forward=*/bn_act_forward,
     /*bn_act_backward=*/bn_act_backward,
     /*bn_update_running=*/bn_update_running,
+    /*bn_act_max_pool_forward=*/bn_act_max_pool_forward,
+    /*bn_act_max_pool_backward=*/bn_act_max_pool_backward,
     /*max_pool_forward=*/max_pool_forward,
     /*max_pool_backward=*/max_pool_backward,
     /*wgrad_why_not=*/wgrad_why_not,

@@ -18,7 +18,7 @@ from resnet_fast.bench import report, roofline, worker
 from resnet_fast.bench.cases import BenchError
 from resnet_fast.bench.timer import LAW, WINOGRAD_LAW, relative
 
-OPERATORS = ("conv2d", "conv_bn_act", "bn_act", "add_relu", "max_pool2d")
+OPERATORS = ("conv2d", "conv_bn_act", "bn_act", "add_relu", "max_pool2d", "bn_act_max_pool2d")
 
 
 @dataclass
@@ -50,7 +50,7 @@ def works(op: str, layers: list[roofline.Layer], batch: int, seed: int = 0) -> I
             key, tail = a.shape, " +" if a.residual and op == "conv_bn_act" else ""
         elif op == "bn_act" or (op == "add_relu" and a.residual):
             key, tail = f"{a.P}x{a.Q}x{a.K}", " +" if a.residual and op == "bn_act" else ""
-        elif op == "max_pool2d" and a is layers[0]:
+        elif op.endswith("max_pool2d") and a is layers[0]:
             key, tail = f"{a.P}x{a.Q}x{a.K}, 3x3/2", ""
         else:
             continue
@@ -81,6 +81,8 @@ def works(op: str, layers: list[roofline.Layer], batch: int, seed: int = 0) -> I
         elif op == "add_relu":
             tensors = {"x": y, "residual": normal(*y.shape)}
             work = Work(key, [a.name], tensors, lambda t: functional.add_relu(t["x"], t["residual"]), 0, 3 * outputs)
+        elif op == "bn_act_max_pool2d":
+            work = Work(key, [a.name], {"x": y, **vectors}, _bn_act_max_pool2d, 0, outputs * 9 // 4)
         else:
             work = Work(key, [a.name], {"x": y}, lambda t: functional.max_pool2d(t["x"], 3, 2, 1), 0, outputs * 5 // 4)
         work.place = (a.stride, a.padding, a.dilation, a.groups)
@@ -96,6 +98,11 @@ def _conv_bn_act(t: dict[str, Tensor], place: dict[str, int]) -> Tensor:
 def _bn_act(t: dict[str, Tensor]) -> Tensor:
     statistics_ = (t["mean"].clone(), t["var"].clone())
     return functional.bn_act(t["x"], *statistics_, t["gamma"], t["beta"], t.get("residual"), training=True)
+
+
+def _bn_act_max_pool2d(t: dict[str, Tensor]) -> Tensor:
+    statistics_ = (t["mean"].clone(), t["var"].clone())
+    return functional.bn_act_max_pool2d(t["x"], *statistics_, t["gamma"], t["beta"], 3, 2, 1, training=True)
 
 
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype, device: str) -> dict[str, Tensor]:

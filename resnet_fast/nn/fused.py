@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as global_hooks
 
@@ -26,6 +26,11 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return None
 
 
+def why_not_norm(bn: nn.Module) -> str | None:
+    """Why a norm must be run by its own `forward`, None when it is a BatchNorm2d or SyncBatchNorm to be fused."""
+    return why_not_plain(bn, nn.SyncBatchNorm if type(bn) is nn.SyncBatchNorm else nn.BatchNorm2d)
+
+
 def why_not_fused(conv: nn.Module | None, bn: nn.Module) -> str | None:
     """Why a convolution and its BatchNorm cannot be fused, None when they can."""
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
@@ -36,7 +41,7 @@ def why_not_fused(conv: nn.Module | None, bn: nn.Module) -> str | None:
             return reason
         if conv.padding_mode != "zeros":
             return f"padding_mode {conv.padding_mode!r} is not fused"
-    return why_not_plain(bn, nn.BatchNorm2d)
+    return why_not_norm(bn)
 
 
 def conv_bn_act(
@@ -48,7 +53,7 @@ def conv_bn_act(
     mean, var, training, momentum = _statistics(bn)
     return functional.conv_bn_act(
         x, conv.weight, conv.bias, mean, var, bn.weight, bn.bias, residual,
-        training, momentum, bn.eps, act, conv.stride, conv.padding, conv.dilation, conv.groups,
+        training, momentum, bn.eps, act, conv.stride, conv.padding, conv.dilation, conv.groups, _group(bn),
     )  # fmt: skip
 
 
@@ -73,7 +78,7 @@ def chain(
         mean, var, training, momentum = _statistics(bn)
         z = functional.bn_act_conv2d(
             z, mean, var, bn.weight, bn.bias, conv.weight, conv.bias, training, momentum, bn.eps,
-            conv.stride, conv.padding, conv.dilation, conv.groups,
+            conv.stride, conv.padding, conv.dilation, conv.groups, _group(bn),
         )  # fmt: skip
         bn = following
     return bn_act(z, bn, residual, act)
@@ -84,7 +89,30 @@ def bn_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: s
     if isinstance(x, Proxy) or why_not_fused(None, bn) is not None:
         return _unfused(bn(x), residual, act)
     mean, var, training, momentum = _statistics(bn)
-    return functional.bn_act(x, mean, var, bn.weight, bn.bias, residual, training, momentum, bn.eps, act)
+    return functional.bn_act(x, mean, var, bn.weight, bn.bias, residual, training, momentum, bn.eps, act, _group(bn))
+
+
+def stem(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> Tensor:
+    """pool(relu(bn(conv(x)))); with gradients the map between ReLU and pool is never written."""
+    if not torch.is_grad_enabled() or isinstance(x, Proxy) or why_not_stem(conv, bn, pool) is not None or x.dim() != 4:
+        return max_pool(conv_bn_act(x, conv, bn), pool)
+    z = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    mean, var, training, momentum = _statistics(bn)
+    return functional.bn_act_max_pool2d(
+        z, mean, var, bn.weight, bn.bias, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode,
+        training, momentum, bn.eps, _group(bn),
+    )  # fmt: skip
+
+
+def why_not_stem(conv: nn.Module, bn: nn.Module, pool: nn.Module) -> str | None:
+    """Why a convolution, its norm, a ReLU and a pool cannot be fused, None when they can."""
+    reason = why_not_fused(conv, bn) or why_not_plain(pool, nn.MaxPool2d)
+    if reason is None and pool.return_indices:
+        return "the pool returns indices"
+    kernel = (pool.kernel_size,) * 2 if reason is None and isinstance(pool.kernel_size, int) else pool.kernel_size
+    if reason is None and kernel[0] * kernel[-1] > 254:
+        return "the pool's window has more than 254 places"
+    return reason
 
 
 def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor:
@@ -112,3 +140,13 @@ def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool,
     if bn.training and not bn.track_running_stats:
         return None, None, training, momentum
     return bn.running_mean, bn.running_var, training, momentum
+
+
+def _group(bn: nn.BatchNorm2d) -> distributed.ProcessGroup | None:
+    """The processes whose batches make the statistics: those of a SyncBatchNorm in training, where there are several."""
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+        return None
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    group = bn.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from resnet_fast.ops import common
 
@@ -31,6 +31,7 @@ def normalised(
     eps: float,
     momentum: float,
     op: str,
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
     """Checks of the tensor that is normalised (the convolution's output, where there is one)."""
     common.check_4d(op, "x", x)
@@ -46,7 +47,7 @@ def normalised(
     common.check_same_device(
         op, x=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias, residual=residual
     )
-    if training:
+    if training and group is None:  # of a group's batch this process may have one value, or none
         several_values(x.shape)
 
 
@@ -80,13 +81,45 @@ def several_values(shape: torch.Size | tuple[int, ...]) -> None:
 
 @torch.no_grad()
 def update_running(
-    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, momentum: float, x: Tensor
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    x: Tensor,
+    count: Tensor | None = None,
 ) -> None:
-    """Move the running statistics by the batch's as torch does: the variance unbiased, nothing on an empty batch."""
+    """Move the running statistics by the batch's as torch does: the variance unbiased, nothing on an empty batch.
+
+    Args:
+        count: the values behind mean and var where several processes share them (else None or empty: x's own).
+    """
     n = x.shape[0] * x.shape[2] * x.shape[3]
+    if count is not None and count.numel():
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        if running_var is not None:
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        return
     if n == 0:
         return
     if running_mean is not None:
         running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
     if running_var is not None:
         running_var.mul_(1 - momentum).add_(var.to(running_var.dtype), alpha=momentum * (n / (n - 1)))
+
+
+def group_name(group: distributed.ProcessGroup | None) -> str:
+    """A process group as an operator takes it, empty for none."""
+    return "" if group is None else group.group_name
+
+
+def empty_count(x: Tensor, training: bool, group: str) -> Tensor:
+    """The uninitialised count of values behind a batch's statistics: one where a group shares them, else none."""
+    return x.new_empty(1 if training and group else 0, dtype=torch.float64)
+
+
+def no_group(group: str, op: str) -> None:
+    """A second derivative through statistics of several processes is not there; torch's SyncBatchNorm has none either."""
+    if group:
+        raise RuntimeError(f"{op}: a gradient of a gradient was asked for, which synchronised statistics do not have")

@@ -55,7 +55,7 @@ def using(room: str, must: bool = False):
 
 def door(op: str, room: str, name: str) -> bool:
     """Whether a room has a door at all."""
-    return hasattr(backends.room(op, room), name)
+    return backends.has_door(backends.room(op, room), name)
 
 
 @pytest.mark.usefixtures("poisoned")

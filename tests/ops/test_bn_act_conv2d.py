@@ -122,7 +122,7 @@ def test_opcheck():
     args = (given["z"], given["gamma"], given["beta"], None, None, given["weight"], given["bias"])
     args = tuple(a.requires_grad_() if a is not None else None for a in args)
     op = torch.ops.resnet_fast.bn_act_conv2d.default
-    torch.library.opcheck(op, (*args, True, 1e-5, [1, 1], [1, 1], [1, 1], 1))
+    torch.library.opcheck(op, (*args, True, 1e-5, [1, 1], [1, 1], [1, 1], 1, ""))
 
 
 def test_autocast_keeps_statistics_float32():

@@ -11,7 +11,12 @@ from resnet_fast.ops import common
 
 def why_not(door: str, first: Tensor, *args: object) -> str | None:
     """Dense CPU tensors of one dtype, float32 or bfloat16; the vectors float32 or of that dtype."""
-    images, vectors = ((first, args[4]), args[:4]) if door == "fwd" else ((first, *args[:2]), args[2:6])
+    if door == "statistics":
+        images, vectors = (first,), ()
+    elif door == "fwd":
+        images, vectors = (first, args[4]), args[:4]
+    else:
+        images, vectors = (first, *args[:2]), args[2:6]
     if first.numel() == 0:
         return "the cpu room leaves empty tensors to eager"
     for t in vectors:
@@ -46,6 +51,17 @@ def fwd(
     return y, *found
 
 
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel."""
+    x, channels = common.channels_last(x), x.shape[1]
+    mean, var = torch.empty(channels), torch.empty(channels)
+    _native.module().bn_act_forward(
+        _native.DTYPES[x.dtype], 0, mean.data_ptr(), var.data_ptr(), 0, x.data_ptr(), 0, 0, 0, x.numel() // channels,
+        channels, 0.0, True, False, torch.get_num_threads(),
+    )  # fmt: skip
+    return mean, var
+
+
 def bwd(
     dy: Tensor,
     x: Tensor,
@@ -75,3 +91,31 @@ def bwd(
         mean.data_ptr(), var.data_ptr(), eps, rows, channels, rows, training, relu, False, torch.get_num_threads(),
     )  # fmt: skip
     return dx, dweight, dbias, dresidual
+
+
+def dx(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    count: Tensor,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """The input's gradient where dweight and dbias are the sums over `count` values of several processes' batches."""
+    dy, x = common.channels_last(dy), common.channels_last(x)
+    y = None if y is None else common.channels_last(y)
+    dx, channels = common.empty_output(x), x.shape[1]
+    gamma, beta, mean, var, dweight, dbias = (common.vector(t) for t in (weight, bias, mean, var, dweight, dbias))
+    _native.module().bn_act_backward(
+        _native.DTYPES[x.dtype], dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), 0,
+        dy.data_ptr(), x.data_ptr(), common.address(y), common.address(gamma), common.address(beta),
+        mean.data_ptr(), var.data_ptr(), eps, x.numel() // channels, channels, int(count), True, relu, True,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dx

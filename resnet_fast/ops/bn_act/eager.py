@@ -44,6 +44,43 @@ def fwd(
     return common.as_output(torch.relu(y) if relu else y), batch_mean, batch_var
 
 
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel (of an empty batch: zeros)."""
+    return fwd(x, None, None, None, None, None, True, 1.0, False)[1:]
+
+
+def dx(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    count: Tensor,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """The input's gradient where dweight and dbias are the sums over `count` values of several processes' batches."""
+    if x.numel() == 0:
+        return common.as_output(torch.zeros_like(x))
+    if relu:
+        if y is None:
+            wide = [_wide(t, x) for t in (weight, bias, mean, var)]
+            y = aten.native_batch_norm(x.detach(), *wide, False, 0.0, eps)[0]
+        dy = aten.threshold_backward(dy, y.detach(), 0)
+    dtype = checks.statistics_dtype(x)
+    rstd = (var.double() + eps).rsqrt().to(dtype)
+    scale = rstd if weight is None else weight.to(dtype) * rstd
+    mean, slope, offset, scale = (
+        v.to(dtype)[:, None, None] for v in (mean, dweight * rstd / count, dbias / count, scale)
+    )
+    inner = dy.to(dtype) - offset - (x.to(dtype) - mean) * slope
+    return common.as_output((inner * scale).to(x.dtype))
+
+
 def _wide(vector: Tensor | None, x: Tensor) -> Tensor | None:
     """A vector in the statistics' dtype beside half-precision activations: torch takes them mixed, but all alike."""
     return vector if vector is None or x.element_size() >= 4 else vector.to(checks.statistics_dtype(x))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from resnet_fast import _library
-from resnet_fast.ops import checks, common
+from resnet_fast.ops import checks, common, norm
 from resnet_fast.ops.bn_act import eager
 
 
@@ -21,6 +21,7 @@ def bn_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     act: str | None = "relu",
+    group: distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """BatchNorm, an optional residual and ReLU in one pass (two with batch statistics).
 
@@ -31,6 +32,7 @@ def bn_act(
     Maths:
         y = act((x - mean) / sqrt(var + eps) * weight + bias + residual), act "relu" or None. With `training` mean and
         var are the batch's, and the running statistics move to (1 - momentum) * running + momentum * batch, var unbiased.
+        With `group` the batch is that of all its processes (SyncBatchNorm); dgamma and dbeta stay this process's sums.
     Cost:
         Training: x read twice, residual once, y written once; backward two passes. Evaluation: one pass. Saved for
         backward: x, two vectors, and y where a residual was added (its sign is the ReLU's mask, else recomputed from x).
@@ -41,7 +43,14 @@ def bn_act(
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015; torch.nn.functional.batch_norm for the running statistics.
     """
-    checks.normalised(x, running_mean, running_var, weight, bias, residual, training, act, eps, momentum, op="bn_act")
+    checks.normalised(
+        x, running_mean, running_var, weight, bias, residual, training, act, eps, momentum, "bn_act", group
+    )
+    if training and group is not None:
+        given = (x, weight, bias, residual, eps, act == "relu", checks.group_name(group))
+        y, mean, var, count = _synchronised(*given)
+        checks.update_running(running_mean, running_var, mean, var, momentum, x, count)
+        return y
     statistics = (None, None) if training else (running_mean, running_var)
     y, mean, var = _forward(x, weight, bias, *statistics, residual, training, eps, act == "relu")
     if training:
@@ -113,3 +122,60 @@ _gradient = _library.define(
     fake=_fake_backward,
 )
 _library.autograd("bn_act", _setup, _backward)
+
+
+def _run_synchronised(x, weight, bias, residual, eps, relu, group):
+    return norm.forward(x, weight, bias, None, None, residual, True, eps, relu, group)
+
+
+def _run_synchronised_backward(dy, x, y, weight, bias, mean, var, count, eps, relu, group, wants):
+    return norm.backward(dy, x, y, weight, bias, mean, var, count, True, eps, relu, wants, group)
+
+
+def _fake_synchronised(x, weight, bias, residual, eps, relu, group):
+    return *_fake(x, weight, bias, None, None, residual, True, eps, relu), checks.empty_count(x, True, group)
+
+
+def _fake_synchronised_backward(dy, x, y, weight, bias, mean, var, count, eps, relu, group, wants):
+    return _fake_backward(dy, x, y, weight, bias, mean, var, True, eps, relu, wants)
+
+
+def _setup_synchronised(ctx, inputs, output) -> None:
+    x, weight, bias, residual, ctx.eps, ctx.relu, ctx.group = inputs
+    y, mean, var, count = output
+    ctx.save_for_backward(x, y if ctx.relu and residual is not None else None, weight, bias, mean, var, count)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.mark_non_differentiable(mean, var, count)
+
+
+def _backward_synchronised(ctx, dy: Tensor, *_):
+    x, y, weight, bias, mean, var, count = ctx.saved_tensors
+    wants = list(ctx.needs_input_grad[:4])
+    if torch.is_grad_enabled():
+        checks.no_group(ctx.group, "bn_act")
+    given = (dy, x, y, weight, bias, mean, var, count, ctx.eps, ctx.relu, ctx.group)
+    dx, dweight, dbias, dresidual = _synchronised_gradient(*given, [*wants[:3], wants[3] and ctx.relu])
+    return (
+        common.like_input(dx, x) if wants[0] else None,
+        dweight.to(weight.dtype) if wants[1] else None,
+        dbias.to(bias.dtype) if wants[2] else None,
+        (dresidual if ctx.relu else dy).to(ctx.residual_dtype) if wants[3] else None,
+        *(None,) * 3,
+    )
+
+
+_synchronised = _library.compose(
+    "bn_act_synchronised",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool relu, str group) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    run=_run_synchronised,
+    fake=_fake_synchronised,
+)
+_synchronised_gradient = _library.compose(
+    "bn_act_synchronised_backward",
+    "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor count, float eps, "
+    "bool relu, str group, bool[4] wants) -> (Tensor, Tensor, Tensor, Tensor)",
+    run=_run_synchronised_backward,
+    fake=_fake_synchronised_backward,
+)
+_library.autograd("bn_act_synchronised", _setup_synchronised, _backward_synchronised)

@@ -18,6 +18,8 @@ def why_not(door: str, *args: object) -> str | None:
     if door == "fwd":
         x, weight, bias, mean, var, residual, *_ = args
         return rooms.why_not(x, residual, vectors=(weight, bias, mean, var))
+    if door == "statistics":
+        return rooms.why_not(*args)
     dy, x, y, weight, bias, mean, var, *_ = args
     return rooms.why_not(dy, x, y, vectors=(weight, bias, mean, var))
 
@@ -27,9 +29,10 @@ def _rows(x: Tensor) -> int:
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch's mean and biased variance per channel, float32; x dense in channels_last."""
+    """The batch's mean and biased variance per channel, float32."""
     from resnet_fast.ops.bn_act.triton_kernels import bn_statistics
 
+    x = common.channels_last(x)
     m, c = _rows(x), x.shape[1]
     block_r, block_c = rooms.rows_tile(c, widest=REDUCE)
     rows = rooms.chunk_rows(m, c, block_r, block_c, x.device)

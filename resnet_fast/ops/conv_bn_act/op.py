@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from resnet_fast import _library
 from resnet_fast.ops import checks, common
@@ -29,6 +29,7 @@ def conv_bn_act(
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    group: distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Convolution, BatchNorm, an optional residual and ReLU.
 
@@ -37,7 +38,8 @@ def conv_bn_act(
         running_var, bn_weight, bn_bias: (K,) or None; residual: like the output (N, K, P, Q), which is channels_last.
         One floating dtype for x, weight and bias (autocast casts these three); the vectors of the norm may be float32.
     Maths:
-        y = act(bn(conv2d(x, weight) + bias) + residual), act "relu" or None; bn as in `bn_act`.
+        y = act(bn(conv2d(x, weight) + bias) + residual), act "relu" or None; bn as in `bn_act`, in training
+        over the processes of `group`.
     Cost:
         Evaluation without gradients: one kernel, scale, shift, residual and ReLU in the convolution's epilogue (x,
         weight, residual read once, y written once). With gradients or batch statistics: `conv2d`, then `bn_act`, which
@@ -49,7 +51,7 @@ def conv_bn_act(
     """
     if training or _library.needs_grad(x, weight, bias, bn_weight, bn_bias, residual):
         z = conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return bn_act(z, running_mean, running_var, bn_weight, bn_bias, residual, training, momentum, eps, act)
+        return bn_act(z, running_mean, running_var, bn_weight, bn_bias, residual, training, momentum, eps, act, group)
     x, stride, padding, dilation = common.convolution_arguments(
         "conv_bn_act", x, weight, bias, stride, padding, dilation, groups
     )

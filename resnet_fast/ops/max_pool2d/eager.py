@@ -53,7 +53,9 @@ def bwd(
     n, c, *size = dy.shape
     p0, q0 = _origins(size, stride, padding, dy.device)
     place = argmax.long()
+    # The clamp is for the windows bn_act_max_pool2d has switched off: no gradient, and no place that must be inside.
     flat = (p0 + place // kernel[1] * dilation[0]) * width + q0 + place % kernel[1] * dilation[1]
+    flat = flat.clamp(0, max(0, height * width - 1))
     dx = dy.new_zeros(n, c, height * width).scatter_add(2, flat.flatten(2), dy.flatten(2))
     return common.as_output(dx.view(n, c, height, width))
 
