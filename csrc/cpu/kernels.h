@@ -28,6 +28,8 @@ struct Kernels {
   void (*max_pool_backward)(const MaxPoolBackwardArgs&);
   ConvBackwardWhyNot wgrad_why_not;
   void (*wgrad)(const WgradArgs&);
+  ConvBackwardWhyNot wgrad_winograd_why_not;
+  void (*wgrad_winograd)(const WgradArgs&);
   ConvBackwardWhyNot dgrad_why_not;
   void (*dgrad)(const DgradArgs&);
   const char* (*pack_strided_why_not)(const ConvShape&, DType, int algorithm);

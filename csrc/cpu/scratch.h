@@ -3,12 +3,19 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 
 namespace rf {
 namespace RF_ISA {
 
-// At least `floats` floats, 64-byte aligned; the previous contents and address are lost.
+constexpr size_t kLargeScratch = 4u << 20, kHugePage = 2u << 20;
+
+// At least `floats` floats, 64-byte aligned; the previous contents and address are lost. Large ones ask for huge pages:
+// the transforms write to dozens of streams pages apart, more than the first TLB holds.
 inline float* scratch(size_t floats) {
   struct Buffer {
     float* data = nullptr;
@@ -19,8 +26,12 @@ inline float* scratch(size_t floats) {
   if (buffer.size < floats) {
     std::free(buffer.data);
     buffer.size = 0;
-    buffer.data = static_cast<float*>(std::aligned_alloc(64, (floats + 15) / 16 * 64));
+    const size_t align = floats * 4 >= kLargeScratch ? kHugePage : 64, bytes = (floats * 4 + align - 1) / align * align;
+    buffer.data = static_cast<float*>(std::aligned_alloc(align, bytes));
     if (!buffer.data) throw std::bad_alloc();
+#ifdef __linux__
+    if (align == kHugePage) madvise(buffer.data, bytes, MADV_HUGEPAGE);  // a wish: refused, all still works
+#endif
     buffer.size = floats;
   }
   return buffer.data;

@@ -17,6 +17,8 @@ void max_pool_forward(const MaxPoolArgs&);
 void max_pool_backward(const MaxPoolBackwardArgs&);
 const char* wgrad_why_not(const ConvShape&, DType);
 void wgrad(const WgradArgs&);
+const char* wgrad_winograd_why_not(const ConvShape&, DType);
+void wgrad_winograd(const WgradArgs&);
 const char* dgrad_why_not(const ConvShape&, DType);
 void dgrad(const DgradArgs&);
 const char* pack_strided_why_not(const ConvShape&, DType, int algorithm);
@@ -37,6 +39,8 @@ const Kernels kKernels = {
     /*max_pool_backward=*/max_pool_backward,
     /*wgrad_why_not=*/wgrad_why_not,
     /*wgrad=*/wgrad,
+    /*wgrad_winograd_why_not=*/wgrad_winograd_why_not,
+    /*wgrad_winograd=*/wgrad_winograd,
     /*dgrad_why_not=*/dgrad_why_not,
     /*dgrad=*/dgrad,
     /*pack_strided_why_not=*/pack_strided_why_not,

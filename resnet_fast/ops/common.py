@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 from resnet_fast import _native
@@ -70,6 +73,17 @@ def empty_output(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor of this shape in the layout of outputs."""
     layout = CHANNELS_LAST if t.dim() == 4 else torch.contiguous_format
     return torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device, memory_format=layout)
+
+
+#: Bytes from which the C++ rooms' outputs live in memory that is kept: malloc reuses smaller ones itself.
+POOLED = 4 << 20
+
+
+def cpu_output(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """An uninitialised channels_last tensor of four dimensions for a C++ room; large ones reuse memory (csrc/buffers.h)."""
+    if math.prod(shape) * dtype.itemsize < POOLED:
+        return torch.empty(shape, dtype=dtype, memory_format=CHANNELS_LAST)
+    return torch.utils.dlpack.from_dlpack(_native.module().buffer(*shape, _native.DTYPES[dtype]))
 
 
 def as_output(t: Tensor) -> Tensor:

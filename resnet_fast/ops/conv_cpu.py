@@ -89,7 +89,7 @@ def _convolve(
     config, packed_bytes, scratch_bytes = plan(shape, dtype, threads, backends.is_exact())
     x = common.channels_last(x)
     residual = None if residual is None else common.channels_last(residual)
-    y = torch.empty((shape[0], shape[4], *shape[7:9]), dtype=x.dtype, memory_format=common.CHANNELS_LAST)
+    y = common.cpu_output((shape[0], shape[4], *shape[7:9]), x.dtype)
     packed = _workspace(packed_bytes + scratch_bytes + 64)
     scratch = -(-(packed + packed_bytes) // 64) * 64
     pack(config[0], packed)
@@ -117,7 +117,7 @@ def backward_why_not(
     if wants[0] and not _is_convolution(weight, stride, padding, dilation):
         reason = _native.module().conv_dgrad_why_not(shape, dtype)
     if reason is None and wants[1]:
-        reason = _native.module().conv_wgrad_why_not(shape, dtype)
+        reason = _native.module().conv_wgrad_why_not(shape, dtype)  # what Winograd takes, the other one takes too
     return reason
 
 
@@ -140,7 +140,7 @@ def data_gradient(
         return _turned_convolution(dy, x, weight, padding, dilation, groups)
     native, threads = _native.module(), torch.get_num_threads()
     shape, dy = sizes(x, weight, stride, padding, dilation, groups), common.channels_last(dy)
-    dx, filters = common.empty_output(x), weight.detach().float()
+    dx, filters = common.cpu_output(x.shape, x.dtype), weight.detach().float()
     place = (dx.data_ptr(), dy.data_ptr(), filters.data_ptr(), *filters.stride(), threads)
     native.conv_dgrad(shape, _native.DTYPES[x.dtype], *place)
     return dx
@@ -179,11 +179,13 @@ def weight_gradient(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """dw, with the weight's strides."""
+    """dw, with the weight's strides: by Winograd where that can and `exact` does not forbid it."""
     native, threads = _native.module(), torch.get_num_threads()
     shape = sizes(x, weight, stride, padding, dilation, groups)
     dy, x = common.channels_last(dy), common.channels_last(x)
     dw = torch.empty_like(weight, dtype=torch.float32)
     place = (dw.data_ptr(), *dw.stride(), dy.data_ptr(), x.data_ptr(), threads)
-    native.conv_wgrad(shape, _native.DTYPES[x.dtype], *place)
+    dtype = _native.DTYPES[x.dtype]
+    winograd = not backends.is_exact() and native.conv_wgrad_winograd_why_not(shape, dtype) is None
+    (native.conv_wgrad_winograd if winograd else native.conv_wgrad)(shape, dtype, *place)
     return dw.to(weight.dtype)

@@ -49,8 +49,8 @@ def bwd(
     none, window = x.new_empty(0), (stride, padding, dilation, groups)
     dx = conv_cpu.data_gradient(dy, x, weight, *window) if wants[0] else none
     dw = conv_cpu.weight_gradient(dy, x, weight, *window) if wants[1] else none.clone()
-    if wants[1] and max(padding) > 0 and not dw.sum().isfinite():
-        # The border is multiplied as zeros, and 0 times a NaN of dy is NaN: torch leaves those taps out.
+    if wants[1] and weight.shape[2:].numel() > 1 and not dw.sum().isfinite():
+        # The border is multiplied as zeros, and 0 times a NaN of dy is NaN: torch leaves those taps out. Winograd mixes taps.
         dw = eager.bwd(dy, x, weight, bias, *window, [False, True, False])[1]
         dw = common.like_weight(dw, weight)
     db = dy.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype) if wants[2] else none.clone()

@@ -28,7 +28,7 @@ def fwd(
     """y and, if saved, each maximum's place in its window as uint8."""
     x = common.channels_last(x)
     n, c, h, w = x.shape
-    y = torch.empty((n, c, *size), dtype=x.dtype, memory_format=common.CHANNELS_LAST)
+    y = common.cpu_output((n, c, *size), x.dtype)
     argmax = common.empty_output(y, torch.uint8) if save else torch.empty(0, dtype=torch.uint8)
     _native.module().max_pool_forward(
         _native.DTYPES[x.dtype], y.data_ptr(), argmax.data_ptr() if save else 0, x.data_ptr(), n, h, w, c, *size,
@@ -50,7 +50,7 @@ def bwd(
     """dx: every dy added where its maximum was."""
     dy = common.channels_last(dy)
     n, c, p, q = dy.shape
-    dx = torch.empty((n, c, height, width), dtype=dy.dtype, memory_format=common.CHANNELS_LAST)
+    dx = common.cpu_output((n, c, height, width), dy.dtype)
     _native.module().max_pool_backward(
         _native.DTYPES[dy.dtype], dx.data_ptr(), dy.data_ptr(), argmax.data_ptr(), n, height, width, c, p, q,
         *kernel, *stride, *padding, *dilation, torch.get_num_threads(),
