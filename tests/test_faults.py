@@ -19,6 +19,7 @@ C, BN, CONV, CBA, POOL, ADD = (
     for n in ("contract", "test_bn_act", "test_conv2d", "test_conv_bn_act", "test_max_pool2d", "test_add_relu")
 )
 CONVERT, FREEZE, CHOOSER, HOUSE = "test_convert.py", "test_freeze.py", "test_backends.py", "test_house.py"
+CHOICES = "test_choices.py"
 
 
 class Waits(str):
@@ -92,16 +93,16 @@ FAULTS = {
     },
     "processes and threads": {
         "DataLoader workers, fork after a parallel region": [f"{C}::test_forked_worker"],
-        "fork while another thread holds a lock": [f"{CHOOSER}::test_fork_while_another_thread_measures"],
-        "several Python threads at once": [f"{C}::test_python_threads", f"{CHOOSER}::test_many_threads_measure_once", f"{FREEZE}::test_several_threads_call_at_once"],
+        "fork while another thread holds a lock": [f"{CHOICES}::test_fork_while_another_thread_measures"],
+        "several Python threads at once": [f"{C}::test_python_threads", f"{CHOICES}::test_many_threads_measure_once", f"{FREEZE}::test_several_threads_call_at_once"],
         "torch.set_num_threads in a fresh Python thread": [f"{CHOOSER}::test_set_num_threads_reaches_our_kernels"],
         "the same bits for any number of threads": [f"{C}::test_threads", "kernels/test_bn_act_cpu.py::test_same_bits_for_any_thread_count", f"{FREEZE}::test_bits_do_not_depend_on_threads"],
         "the same bits in every repeat, deterministic algorithms on": [f"{C}::test_repeats"],
         "fewer threads than were asked for": ["kernels/test_network.py::test_fewer_threads_than_asked_for_do_not_hang"],
-        "four processes on a cold cache": [f"{CHOOSER}::test_four_processes_at_once"],
-        "a corrupt or truncated cache": [f"{CHOOSER}::test_a_corrupt_file_is_ignored_and_replaced", f"{CHOOSER}::test_a_truncated_file_is_ignored"],
-        "a foreign or world-writable cache, a pipe in its place": [f"{CHOOSER}::test_a_foreign_owned_file_is_not_trusted", f"{CHOOSER}::test_a_file_others_may_write_is_not_trusted", f"{CHOOSER}::test_a_pipe_or_a_folder_in_the_files_place"],
-        "a read-only home": [f"{CHOOSER}::test_a_read_only_folder", f"{CHOOSER}::test_a_folder_that_cannot_be_made"],
+        "four processes on a cold cache": [f"{CHOICES}::test_four_processes_at_once"],
+        "a corrupt or truncated cache": [f"{CHOICES}::test_a_corrupt_file_is_ignored_and_replaced", f"{CHOICES}::test_a_truncated_file_is_ignored"],
+        "a foreign or world-writable cache, a pipe in its place": [f"{CHOICES}::test_a_foreign_owned_file_is_not_trusted", f"{CHOICES}::test_a_file_others_may_write_is_not_trusted", f"{CHOICES}::test_a_pipe_or_a_folder_in_the_files_place"],
+        "a read-only home": [f"{CHOICES}::test_a_read_only_folder", f"{CHOICES}::test_a_folder_that_cannot_be_made"],
         "each instruction set forced": [f"{CHOOSER}::test_instruction_sets", f"{CHOOSER}::test_an_unknown_instruction_set"],
     },
     "build and import": {
