@@ -32,7 +32,7 @@ from resnet_fast import _choices
 log = logging.getLogger("resnet_fast")
 
 #: Rooms by rank: without a measurement the first that can is taken.
-ORDER = ("cuda", "triton", "cpu", "onednn", "eager")
+ORDER = ("cuda", "cudnn", "triton", "cpu", "onednn", "eager")
 #: Names a user may ask for.
 BACKENDS = ("auto", *ORDER)
 _ROUNDS = 3
@@ -56,7 +56,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operator in this thread by one backend while the context lasts.
 
     Args:
-        name: "auto" (the measured choice), "eager", "cpu", "onednn", "triton" or "cuda". An operator that has no such
+        name: "auto" (the measured choice), "eager", "cpu", "onednn", "cudnn", "triton" or "cuda". An operator that has no such
             room, or whose room cannot take the tensors, raises; nothing falls back silently.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fast._graphs import Graphs
 from resnet_fast._lower import Unsupported, lower
 from resnet_fast._plan import FoldedProgram
 from resnet_fast._trace import Untraceable, trace
@@ -24,12 +25,14 @@ def freeze(
     """Make an inference-only module of a model; the model stays as it was.
 
     Statistics are folded into the filters (in float64, rounded once), filters are packed for the kernels, and on CPUs the
-    whole network runs in one call of the compiled module, in memory planned beforehand. Later changes of the model do not
-    reach the frozen module: freeze again.
+    whole network runs in one call of the compiled module, in memory planned beforehand. On GPUs it runs operator by
+    operator, bias, residual and ReLU in the convolutions' epilogues, and the shapes of `example` and `prepare` are captured
+    as CUDA graphs. Later changes of the model do not reach the frozen module: freeze again.
 
     Args:
         model: any module; what is not understood runs by its own operations (`explain` says which).
-        example: an input; the plan of its shape is made, and measured, now instead of at the first call.
+        example: an input; the plan of its shape is made, and measured, now instead of at the first call; on a GPU its
+            graph is captured (other shapes run without one).
         dtype: float32, bfloat16, float16 or float64; default the model's own. Inputs and outputs keep the caller's dtype.
         exact: only direct convolutions, no Winograd (whose float32 error is at most three times eager's).
 
@@ -72,6 +75,7 @@ class Frozen(nn.Module):
             except Unsupported as error:
                 self.reason = f"operator by operator: {error}"
                 self.program = FoldedProgram(source, program, dtype)
+        self.graphs = Graphs(self._operators)
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,14 +88,26 @@ class Frozen(nn.Module):
         if x.device != self.device:
             raise RuntimeError(f"frozen on {self.device}, got an input on {x.device}")
         with torch.inference_mode():
-            y = self.network(x) if self.network is not None else self.program(x.to(self.dtype))
-            return y.to(x.dtype) if isinstance(y, Tensor) else y
+            if self.network is not None:
+                y = self.network(x)
+                return y.to(x.dtype) if isinstance(y, Tensor) else y
+            return self.graphs(x) if x in self.graphs else self._operators(x)
+
+    def _operators(self, x: Tensor) -> Any:
+        y = self.program(x.to(self.dtype))
+        return y.to(x.dtype) if isinstance(y, Tensor) else y
 
     def prepare(self, x: Tensor) -> Frozen:
-        """Make the plan of x's shape now, measuring its kernels (seconds, once per machine: the choices are kept)."""
+        """Make the plan of x's shape now, measuring its kernels (seconds, once per machine: the choices are kept).
+
+        On a GPU the shape is captured as a CUDA graph as well, which holds the memory of its activations.
+        """
         if self.network is not None and x.device == self.device:
             self.network.plan(x, tune=True)
         self(x.detach())
+        if x.device.type == "cuda" and self.network is None:
+            with torch.inference_mode():
+                self.graphs.add(x)
         return self
 
     def train(self, mode: bool = True) -> Frozen:
@@ -114,7 +130,9 @@ class Frozen(nn.Module):
         """The plan's steps; with an input, those of its shape with the algorithm each one runs."""
         if self.network is not None:
             return self.network.explain(x)
-        return Report([Row("", "Frozen", 0, self.reason or ""), *getattr(self.program, "rows", list)()])
+        shapes = ", ".join("x".join(map(str, shape)) for shape, _ in self.graphs.captured)
+        note = (self.reason or "") + (f"; CUDA graphs of {shapes}" if shapes else "")
+        return Report([Row("", "Frozen", 0, note), *getattr(self.program, "rows", list)()])
 
     def extra_repr(self) -> str:
         """How it runs."""

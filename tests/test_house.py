@@ -57,7 +57,7 @@ def layer(module: str) -> int | None:
         return 12
     if head == "models":
         return 9
-    if head in ("convert", "freeze", "tune", "_trace", "_lower", "_plan"):
+    if head in ("convert", "freeze", "tune", "_trace", "_lower", "_plan", "_graphs"):
         return 8
     if head == "nn":
         return 7

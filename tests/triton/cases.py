@@ -10,6 +10,7 @@ from law import within_law
 from resnet_fast.ops import triton_common
 from resnet_fast.ops.add_relu import eager as add_relu_eager
 from resnet_fast.ops.bn_act import eager as bn_eager
+from resnet_fast.ops.bn_act_max_pool2d import eager as bn_pool_eager
 from resnet_fast.ops.max_pool2d import eager as pool_eager
 from resnet_fast.ops.max_pool2d.op import output_size
 
@@ -127,6 +128,55 @@ def check_max_pool(shape, dtype, kernel, stride, padding, dilation=(1, 1), ceil=
     back = (argmax, *shape[2:], *window)
     dx = room("max_pool2d").bwd(dy, *back)
     within_law(dx, pool_eager.bwd(dy, *back), pool_eager.bwd(dy.double(), *back), "dx")
+
+
+def check_bn_pool(
+    shape, dtype, kernel, stride, padding, dilation=(1, 1), ceil=False, training=True, affine=(True, True),
+    wants=(True, True, True), nan=False, device="cpu", seed=0,
+):  # fmt: skip
+    """The stem's end: values, places that hold them, and the gradients through the places."""
+    c = shape[1]
+    x = random(shape, dtype, seed, device, 2.0, 0.5)
+    if nan:
+        x[0, c // 2, 1, 1] = float("nan")
+    weight = random((c,), torch.float32, seed + 2, device, 0.5, 1.0) if affine[0] else None
+    bias = random((c,), torch.float32, seed + 3, device) if affine[1] else None
+    if training:
+        mean, var = bn_eager.fwd(x.nan_to_num(), None, None, None, None, None, True, 1e-5, False)[1:]
+    else:
+        mean, var = random((c,), torch.float32, seed + 4, device), random((c,), torch.float32, seed + 5, device).abs() + 0.5
+    norm = (weight, bias, mean, var)
+    window = ([*kernel], [*stride], [*padding], [*dilation])
+    size = output_size(x, kernel, stride, padding, dilation, ceil)
+    assert room("bn_act_max_pool2d").why_not("fwd", x, *norm) is None
+    y, places = room("bn_act_max_pool2d").fwd(x, *norm, 1e-5, *window, size, True)
+    assert torch.equal(y.nan_to_num(77.0), room("bn_act_max_pool2d").fwd(x, *norm, 1e-5, *window, size, False)[0].nan_to_num(77.0))
+    eager, truth = (bn_pool_eager.fwd(t, *v, 1e-5, *window, size, True)[0] for t, v in ((x, norm), (x.double(), double(*norm))))
+    assert y.stride() == eager.stride() and places.stride() == y.stride() and places.dtype == torch.uint8
+    extra = 0.0 if dtype != torch.float32 else FLOAT32_SUM * float(truth.nan_to_num().abs().max())
+    within_law(y, eager, truth, "y", extra)
+    assert torch.equal(places == 255, y <= 0), "no place where nothing is above 0"
+    # One of each window's taps is its place, and it holds the window's largest value.
+    ones = torch.ones_like(truth)
+    at = bn_pool_eager.unpooled(ones, places, *shape[2:], *window)
+    assert float(at.sum()) == int((places != 255).sum())
+    map_ = bn_eager.fwd(x.double(), *double(*norm), None, False, 1e-5, True)[0].nan_to_num(0.0)
+    held, wanted = (float(t.sum()) for t in (map_ * at, truth.nan_to_num(0.0)))
+    slack = float(truth.nan_to_num().abs().sum()) * 2 * torch.finfo(dtype).eps
+    assert abs(held - wanted) <= slack, (held, wanted, slack)
+    dy = random(y.shape, dtype, seed + 6, device)
+    x = x.nan_to_num()
+    back = (dy, places, x, *norm)
+    grads = room("bn_act_max_pool2d").bwd(*back, training, 1e-5, *window, list(wants))
+    eager = bn_pool_eager.bwd(*back, training, 1e-5, *window, list(wants))
+    truth = bn_pool_eager.bwd(dy.double(), places, *double(x, *norm), training, 1e-5, *window, list(wants))
+    largest = float(dy.double().abs().sum((0, 2, 3)).max())
+    extra = [FLOAT32_SUM * float(truth[0].abs().max()) if wants[0] and dtype == torch.float32 else 0.0] + [FLOAT32_SUM * largest] * 2
+    for name, a, b, t, more in zip(("dx", "dweight", "dbias"), grads, eager, truth, extra):
+        assert a.shape == b.shape
+        if a.numel():
+            assert a.stride() == b.stride()
+            within_law(a, b.to(a.dtype), t, name, more)
 
 
 def interpreting() -> bool:

@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import FLOATS, check_add_relu, check_bn_act, check_max_pool, random, room
-from conv_cases import GEOMETRIES, check_backward, check_forward, check_fused, check_statistics
+from conv_cases import (
+    GEOMETRIES,
+    check_backward,
+    check_chain,
+    check_forward,
+    check_fused,
+    check_prologue,
+    check_statistics,
+)
 
 from resnet_fast.ops.conv2d.triton_tiles import Tile, gemm_tiles, use, wgrad_tiles
 
@@ -27,6 +35,19 @@ def test_backward(simulator, name, dtype, order):
 def test_statistics(simulator):
     with simulator.running(5):
         check_statistics("3x3", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, order", [("3x3", torch.bfloat16, 3), ("1x1", torch.float16, -1), ("3x3 stride 2", torch.float32, 7)]
+)
+def test_prologue(simulator, name, dtype, order):
+    with simulator.running(order):
+        check_prologue(name, dtype)
+
+
+def test_prologue_and_statistics(simulator):
+    with simulator.running(4):
+        check_chain("3x3", torch.bfloat16)
 
 
 def test_split(simulator):
@@ -51,6 +72,18 @@ def test_compulsory_bytes(simulator):
     assert flops <= report.counters["mma_flops"] <= 192 / 144 * flops  # 144 rows in tiles of 64
 
 
+def test_compulsory_bytes_of_the_prologue(simulator):
+    """The norm's input is read in place of the activation, which is never written; its vectors beside it."""
+    z, weight = random((1, 64, 12, 12), torch.bfloat16, 0), random((64, 64, 3, 3), torch.bfloat16, 1)
+    ones = torch.ones(64)
+    with simulator.running() as reports, use(Tile(64, 64, 64, 4, 3)):
+        room("bn_act_conv2d").fwd(z, ones, ones, ones, ones, weight, None, False, 1e-5, [1, 1], [1, 1], [1, 1], 1)
+    report = dict(reports)["gather_gemm"]
+    assert report.counters["distinct_read_bytes"] == 2 * z.numel() + 2 * weight.numel() + 3 * 4 * 64
+    assert report.counters["distinct_write_bytes"] == 2 * z.numel()
+    assert set(dict(reports)) == {"norm_vectors", "gather_gemm"}
+
+
 def every_tile(bytes_, ieee=False):
     """All tiles the chooser may pick for large problems, as the problems' sizes vary."""
     found = set()
@@ -70,6 +103,8 @@ def test_proof_tiles(simulator, tile, dtype):
         check_backward(((1, 64, 9, 11), (64, 64, 3, 3), 1, 1, 1, 1), dtype, (True, False, False))
     with simulator.running(6), use(replace(tile, split=1)):  # statistics are never split; a split adds in another order
         check_statistics(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), dtype)
+        check_chain(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), dtype)
+        check_prologue(((2, 128, 9, 11), (128, 128, 1, 1), 1, 0, 1, 1), dtype)
 
 
 @pytest.mark.proof
@@ -78,6 +113,7 @@ def test_proof_tiles_float32(simulator, tile):
     with simulator.running(8), use(tile):
         check_fused(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), torch.float32)
         check_backward(((1, 64, 9, 11), (64, 64, 3, 3), 1, 1, 1, 1), torch.float32, (True, False, False))
+        check_prologue(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), torch.float32)
 
 
 def every_wgrad_tile(bytes_, taps):
@@ -105,6 +141,7 @@ def test_proof_geometries(simulator, name, dtype):
         check_forward(name, dtype, seed=7)
         check_fused(name, dtype, residual=False, seed=8)
         check_backward(name, dtype, seed=9)
+        check_prologue(name, dtype, training=False, seed=10)
 
 
 @pytest.mark.proof

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import FLOATS, check_add_relu, check_bn_act, check_max_pool, random, room
+from cases import FLOATS, check_add_relu, check_bn_act, check_bn_pool, check_max_pool, random, room
 
 
 @pytest.mark.parametrize("order", [0, -1, 5])
@@ -25,6 +25,13 @@ def test_max_pool(simulator, order, dtype):
     with simulator.running(order):
         check_max_pool((2, 16, 11, 9), dtype, (3, 3), (2, 2), (1, 1), nan=True)
         check_max_pool((1, 5, 8, 8), dtype, (3, 2), (1, 3), (1, 0), (2, 1))
+
+
+@pytest.mark.parametrize("order, dtype", list(zip([0, -1, 9], FLOATS)))
+def test_bn_pool(simulator, order, dtype):
+    with simulator.running(order):
+        check_bn_pool((2, 16, 11, 9), dtype, (3, 3), (2, 2), (1, 1))
+        check_bn_pool((1, 5, 8, 8), dtype, (3, 2), (1, 3), (1, 0), (2, 1), training=False)
 
 
 def distinct(report):
@@ -62,6 +69,21 @@ def test_compulsory_bytes(simulator):
         assert report.counters["global_store_useful_bytes"] >= distinct(report)[1], name
 
 
+def test_compulsory_bytes_of_the_stem(simulator):
+    """The normalised map is neither written nor read: forward x once, backward x, dy and the places twice, dx once."""
+    x, c = random((2, 64, 12, 12), torch.bfloat16, 0), 64
+    mean, var, window = torch.zeros(c), torch.ones(c), ([3, 3], [2, 2], [1, 1], [1, 1])
+    size, vector = x.numel() * 2, 4 * c
+    with simulator.running() as reports:
+        y, places = room("bn_act_max_pool2d").fwd(x, None, None, mean, var, 1e-5, *window, [6, 6], True)
+        room("bn_act_max_pool2d").bwd(y, places, x, None, None, mean, var, True, 1e-5, *window, [True] * 3)
+    out = y.numel() * 2
+    assert distinct(only(reports, "bn_pool_forward")) == (size + 2 * vector, out + y.numel())
+    reduced = only(reports, "bn_pool_backward_reduce")
+    assert distinct(reduced)[0] == size + out + y.numel() + vector
+    assert distinct(only(reports, "bn_pool_backward_apply")) == (size + out + y.numel() + 4 * vector, size)
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("channels", [1, 5, 65, 127])
@@ -83,3 +105,5 @@ def test_proof_others(simulator, channels, dtype):
             check_add_relu((3, channels, 9, 7), dtype, seed=order)
             check_max_pool((2, channels, 11, 9), dtype, (3, 3), (2, 2), (1, 1), nan=True, seed=order)
             check_max_pool((2, channels, 10, 7), dtype, (2, 2), (2, 2), (0, 0), ceil=True, seed=order)
+            check_bn_pool((2, channels, 11, 9), dtype, (3, 3), (2, 2), (1, 1), seed=order)
+            check_bn_pool((2, channels, 10, 7), dtype, (3, 2), (2, 1), (1, 0), ceil=True, training=False, seed=order)

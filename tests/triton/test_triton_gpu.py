@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import FLOATS, check_add_relu, check_bn_act, check_max_pool, random, room
-from conv_cases import GEOMETRIES, check_backward, check_forward, check_fused
+from cases import FLOATS, check_add_relu, check_bn_act, check_bn_pool, check_max_pool, random, room
+from conv_cases import GEOMETRIES, check_backward, check_folded, check_forward, check_fused, check_prologue
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +24,8 @@ def test_elementwise(channels, dtype):
         for residual in (True, False):
             check_bn_act((3, channels, 9, 7), dtype, residual, training=training, device="cuda")
     check_max_pool((2, channels, 11, 9), dtype, (3, 3), (2, 2), (1, 1), nan=True, device="cuda")
+    for training in (True, False):
+        check_bn_pool((2, channels, 11, 9), dtype, (3, 3), (2, 2), (1, 1), training=training, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -32,6 +34,8 @@ def test_convolution(name, dtype, monkeypatch):
     monkeypatch.setenv("RESNET_FAST_TUNE", "0")
     check_forward(name, dtype, device="cuda")
     check_fused(name, dtype, device="cuda")
+    check_folded(name, dtype, device="cuda")
+    check_prologue(name, dtype, device="cuda")
     check_backward(name, dtype, device="cuda")
 
 
@@ -60,3 +64,57 @@ def test_repeats_bitwise():
     first = room("conv2d").bwd(*given)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(first, room("conv2d").bwd(*given)))
+
+
+def test_cudnns_fused_convolution():
+    """What the room refuses it must say; what it takes it must compute (its self-test has NaN among the values)."""
+    x, weight = random((2, 16, 8, 8), torch.float16, 0, "cuda"), random((16, 16, 3, 3), torch.float16, 1, "cuda")
+    vectors = [torch.ones(16, device="cuda") for _ in range(4)]
+    given = (x, weight, None, *vectors, x, 1e-5, True, [1, 1], [1, 1], [1, 1], 1)
+    from resnet_fast.ops.conv_bn_act import cudnn, eager
+
+    reason = cudnn.why_not("fwd", *given)
+    if reason is not None:
+        pytest.skip(reason)
+    torch.testing.assert_close(cudnn.fwd(*given), eager.fwd(*given), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_frozen_model_in_a_graph(dtype):
+    import resnet_fast
+
+    torch.manual_seed(0)
+    model = resnet_fast.models.resnet18(num_classes=10).eval().cuda()
+    frozen = resnet_fast.freeze(model, dtype=dtype)
+    x, other = (torch.randn(n, 3, 64, 64, device="cuda") for n in (2, 3))
+    plain = frozen(x)
+    frozen.prepare(x)
+    assert x in frozen.graphs and other not in frozen.graphs
+    assert torch.equal(frozen(x), plain), "the graph has the choices that were measured before it"
+    fresh = torch.randn_like(x)
+    with torch.no_grad():
+        exact = model.double()(fresh.double())
+    eager = (frozen(fresh).double() - exact).abs().max() / exact.abs().max()
+    assert eager < (2e-2 if dtype == torch.float16 else 5e-3)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    expected = frozen(fresh)
+    with torch.cuda.stream(stream):
+        again = frozen(fresh)
+    stream.synchronize()
+    assert torch.equal(again, expected) and frozen(other).shape == (3, 10)
+
+
+def test_tune_on_a_card():
+    """Every tile and room is chosen ahead; the step after it measures nothing, and a captured step none either."""
+    import resnet_fast
+    from resnet_fast import backends
+
+    model = resnet_fast.nn.BasicBlock(16, 16).cuda().train().to(memory_format=torch.channels_last)
+    x = random((2, 16, 8, 8), torch.float32, 0, "cuda")
+    assert resnet_fast.tune(model, x) > 0 and resnet_fast.tune(model, x) == 0
+    backends_tune, backends._tune = backends._tune, lambda *a: pytest.fail(f"measured again: {a[:2]}")
+    try:
+        model(x).sum().backward()
+    finally:
+        backends._tune = backends_tune

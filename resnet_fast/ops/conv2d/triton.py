@@ -15,6 +15,8 @@ from resnet_fast.ops.conv2d import triton_tiles as tiles
 LIMIT = 2**31 - 1
 #: Filter rows of at most this many values are one block of GEMM_K (the stem's 7 x 3, or 7 x 4 with a padded channel).
 RUN_VALUES = 64
+#: A norm's vectors, as gather_gemm's prologue takes them (beside the epilogue's tensors).
+PROLOGUE = ("pre_mean_ptr", "pre_scale_ptr", "pre_shift_ptr")
 
 
 def why_not(door: str, *args: object) -> str | None:
@@ -73,7 +75,8 @@ def launch_gather(
     from resnet_fast.ops.conv2d.triton_kernels import gather_gemm, split_finish
 
     none = dict.fromkeys(("residual_ptr", "scale_ptr", "shift_ptr", "part_ptr"))
-    extra = none | (epilogue or {})
+    before = dict.fromkeys(PROLOGUE) | {k: v for k, v in (epilogue or {}).items() if k in PROLOGUE}
+    extra = none | {k: v for k, v in (epilogue or {}).items() if k not in PROLOGUE}
     whole = geometry["OH"] == geometry["OW"] == 1  # every pixel of the output is a row
     split = tile.split if whole and not geometry["RUN"] and extra["part_ptr"] is None else 1
     block_k = rooms.next_power_of_2(geometry["V"] * geometry["CG"]) if geometry["RUN"] else tile.k
@@ -84,10 +87,10 @@ def launch_gather(
     grid = (-(-rows // tile.m) * -(-geometry["NG"] // tile.n), split, groups)
     args = dict(in_ptr=source, w_ptr=weight, M=rows)
     if split == 1:
-        rooms.launch(gather_gemm, grid, dict(out_ptr=out) | args | extra, constants, tile.warps, tile.stages)
+        rooms.launch(gather_gemm, grid, dict(out_ptr=out) | args | extra | before, constants, tile.warps, tile.stages)
         return
     part = out.new_empty(split, rows, geometry["CO"], dtype=torch.float32)
-    rooms.launch(gather_gemm, grid, dict(out_ptr=part) | args | none, constants, tile.warps, tile.stages)
+    rooms.launch(gather_gemm, grid, dict(out_ptr=part) | args | none | before, constants, tile.warps, tile.stages)
     block_m, block_n = rooms.rows_tile(geometry["CO"], 1024)
     constants = dict(CO=geometry["CO"], RELU=relu, SPLIT=split, BLOCK_M=block_m, BLOCK_N=block_n)
     args = extra | dict(out_ptr=out, part_ptr=part, M=rows)
@@ -181,18 +184,20 @@ class Stem:
 def forward(
     x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, out: Tensor, epilogue, relu, statistics=False
 ) -> tuple[Tensor, int] | None:
-    """out = act(epilogue(conv(x))).
+    """out = act(epilogue(conv(x))), or of relu(bn(x)) with the norm's `PROLOGUE` vectors in `epilogue`.
 
     Returns:
         With `statistics` the mean and squared deviations of every tile's rows, for `bn_act.triton.merge`, and the rows
         of a tile.
     """
     n, _, p, q = out.shape
-    stem = Stem.of(x, weight, stride, padding, dilation, groups)
+    prologue = epilogue.get("pre_scale_ptr") is not None
+    stem = None if prologue else Stem.of(x, weight, stride, padding, dilation, groups)
     if stem is not None:
         x, weight, stride, padding = stem.image(x), stem.filters(weight), stem.stride, stem.padding
     x, weight = common.channels_last(x), krsc(weight)
     geometry = forward_geometry(x, weight, (p, q), stride, padding, dilation, groups)
+    geometry["RUN"] = geometry["RUN"] and not prologue
     rows = n * p * q
     parts = None
 
@@ -210,17 +215,31 @@ def forward(
     return parts
 
 
+def prologue(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> dict[str, Tensor | None]:
+    """The vectors with which `forward` reads relu(bn(x)) where x is in memory."""
+    from resnet_fast.ops.conv2d.triton_kernels import norm_vectors
+
+    c = mean.shape[0]
+    scale, shift = (mean.new_empty(c, dtype=torch.float32) for _ in range(2))
+    args = dict(scale_ptr=scale, shift_ptr=shift, gamma_ptr=gamma, beta_ptr=beta, var_ptr=var, eps=eps, C=c)
+    rooms.launch(norm_vectors, (-(-c // 128),), args, dict(BLOCK=128))
+    return dict(zip(PROLOGUE, (mean, scale, shift)))
+
+
 def forward_statistics(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int, before: dict | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The convolution, and mean and biased variance of its (rounded) output per channel without reading it again.
 
-    A building block for operators that normalise with batch statistics: it saves bn_act's first pass.
+    It saves bn_act's first pass over what is normalised next. `before` is a `prologue`.
     """
     from resnet_fast.ops.bn_act.triton import merge
 
     out = common.empty_convolution(x, weight, stride, padding, dilation)
-    part, rows = forward(x, weight, stride, padding, dilation, groups, out, dict(shift_ptr=bias), False, True)
+    given = dict(shift_ptr=bias) | (before or {})
+    part, rows = forward(x, weight, stride, padding, dilation, groups, out, given, False, True)
     return out, *merge(part, out.numel() // out.shape[1], rows)
 
 

@@ -3,6 +3,7 @@
 One kernel serves both, because both gather: the row (n, i, j) of the output reads the input at (i SH + H0 + u TH,
 j SW + W0 + v TW) for every tap (u, v), and sums over the channels there. Bytes: input, weights, residual read once from
 memory (taps of a tile hit the cache), output written once; 2 GEMM_M GEMM_N GEMM_K flops.
+A prologue (relu(bn(in)) on the loaded tile) saves a network's normalised activations a write and a read.
 The idea: ONE loop over taps and channel blocks, so that the asynchronous copies never drain; the validity of each row at
 each tap is a bit computed once and shifted along; pointers are incremented; sizes are constants of the compilation.
 Tried and lost: a loop over channels inside a loop over taps (no asynchronous copies at C = BLOCK_K, spills on sm_100);
@@ -43,6 +44,37 @@ def fold_norm(
         shift += tl.load(beta_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(scale_ptr + offs, scale, mask=mask)
     tl.store(shift_ptr + offs, shift, mask=mask)
+
+
+@triton.jit
+def norm_vectors(scale_ptr, shift_ptr, gamma_ptr, beta_ptr, var_ptr, eps, C, BLOCK: tl.constexpr):
+    """bn_act's own scale and bias per channel, in float32: what the prologue multiplies and adds, computed once."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < C
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var_ptr + offs, mask=mask, other=1.0).to(tl.float32) + eps))
+    if gamma_ptr is not None:
+        scale *= tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.zeros([BLOCK], tl.float32)
+    if beta_ptr is not None:
+        shift = tl.load(beta_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(scale_ptr + offs, scale, mask=mask)
+    tl.store(shift_ptr + offs, shift, mask=mask)
+
+
+@triton.jit
+def normalised_tile(a, mean_ptr, scale_ptr, shift_ptr, offs, mask_k, inside, FLAT: tl.constexpr):
+    """relu(bn(a)) rounded as bn_act would have stored it, and zero outside the image, whatever relu(shift) is.
+
+    In float32: packed 16-bit arithmetic has a third of the instructions and up to three times the error (the rounded shift).
+    """
+    mean = tl.load(mean_ptr + offs, mask=mask_k, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + offs, mask=mask_k, other=0.0)
+    shift = tl.load(shift_ptr + offs, mask=mask_k, other=0.0)
+    v = tl.fma(a.to(tl.float32) - mean[None, :], scale[None, :], shift[None, :])
+    v = tl.where(v <= 0, 0.0, v)  # keeps NaN
+    if not FLAT:  # rows beyond the last are stored nowhere and need no zero
+        v = tl.where(inside[:, None], v, 0.0)
+    return v.to(a.dtype)
 
 
 @triton.jit
@@ -88,7 +120,7 @@ def finish_tile_statistics(
 
 @triton.jit
 def gather_gemm(
-    out_ptr, in_ptr, w_ptr, residual_ptr, scale_ptr, shift_ptr, part_ptr, M,
+    out_ptr, in_ptr, w_ptr, residual_ptr, scale_ptr, shift_ptr, part_ptr, pre_mean_ptr, pre_scale_ptr, pre_shift_ptr, M,
     # input: height, width, channels (all, of a group); output: height, width, channels (all, of a group)
     HI: tl.constexpr, WI: tl.constexpr, CI: tl.constexpr, CG: tl.constexpr,
     HO: tl.constexpr, WO: tl.constexpr, CO: tl.constexpr, NG: tl.constexpr,
@@ -103,7 +135,10 @@ def gather_gemm(
     RUN: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """RUN: a filter row's V CG values lie side by side in memory and are one block of k (few channels, TW = 1)."""
+    """RUN: a filter row's V CG values lie side by side in memory and are one block of k (few channels, TW = 1).
+
+    pre_*: the input is relu(bn(in)), of which only `in` is in memory; not with RUN.
+    """
     NUM_N: tl.constexpr = (NG + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     pid_m = pid // NUM_N  # n is the fast axis: programs that share an input tile run together
@@ -185,12 +220,16 @@ def gather_gemm(
                 w = w0 + v * TW
                 rows = (h >= 0) & (h < HI) & (w >= 0) & (w < WI) & mask_m
             if CG % BLOCK_K == 0:
+                inner = tl.full([BLOCK_K], True, tl.int1)
                 a = tl.load(a_ptrs, mask=rows[:, None], other=0.0)
                 b = tl.load(b_ptrs)
             else:
                 inner = cb * BLOCK_K + offs_k < CG
                 a = tl.load(a_ptrs, mask=rows[:, None] & inner[None, :], other=0.0)
                 b = tl.load(b_ptrs, mask=inner[:, None], other=0.0)
+            if pre_scale_ptr is not None:
+                at = group * CG + cb * BLOCK_K + offs_k
+                a = normalised_tile(a, pre_mean_ptr, pre_scale_ptr, pre_shift_ptr, at, inner, rows, FLAT)
             acc = dot(a, b, acc, PRECISION)
             if U * V == 1:
                 cb += 1

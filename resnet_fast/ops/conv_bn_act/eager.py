@@ -19,8 +19,8 @@ def fwd(
     bias: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
     residual: Tensor | None,
     eps: float,
     relu: bool,
@@ -29,9 +29,11 @@ def fwd(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """relu(bn(conv(x)) + residual), channels_last."""
-    z = torch.nn.functional.conv2d(common.channels_last(x), weight, bias, stride, padding, dilation, groups)
-    y = torch.nn.functional.batch_norm(z, mean, var, gamma, beta, False, 0.0, eps)
+    """relu(bn(conv(x)) + residual), channels_last; without mean and var the norm is in the filters, beta the bias."""
+    bias = beta if mean is None else bias
+    y = torch.nn.functional.conv2d(common.channels_last(x), weight, bias, stride, padding, dilation, groups)
+    if mean is not None:
+        y = torch.nn.functional.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps)
     if residual is not None:
         y = y + residual
     return common.as_output(torch.relu(y) if relu else y)

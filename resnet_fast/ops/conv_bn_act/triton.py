@@ -23,8 +23,8 @@ def fwd(
     bias: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
     residual: Tensor | None,
     eps: float,
     relu: bool,
@@ -33,13 +33,17 @@ def fwd(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """relu(bn(conv(x)) + residual), channels_last."""
+    """relu(bn(conv(x)) + residual), channels_last; without mean and var the norm is in the filters, beta the bias."""
     from resnet_fast.ops.conv2d.triton_kernels import fold_norm
 
     out = common.empty_convolution(x, weight, stride, padding, dilation)
     if residual is not None:
         residual = common.channels_last(residual)
         out = common.empty_output(out, torch.result_type(out, residual))
+    if mean is None:
+        given = dict(residual_ptr=residual, shift_ptr=beta)
+        conv.forward(x, weight, stride, padding, dilation, groups, out, given, relu)
+        return out
     k = weight.shape[0]
     scale, shift = x.new_empty(k, dtype=torch.float32), x.new_empty(k, dtype=torch.float32)
     args = dict(

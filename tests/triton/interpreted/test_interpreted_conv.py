@@ -3,7 +3,16 @@
 import pytest
 import torch
 from cases import FLOATS, random
-from conv_cases import GEOMETRIES, check_backward, check_forward, check_fused, check_statistics
+from conv_cases import (
+    GEOMETRIES,
+    check_backward,
+    check_chain,
+    check_folded,
+    check_forward,
+    check_fused,
+    check_prologue,
+    check_statistics,
+)
 
 from resnet_fast import functional
 from resnet_fast.backends import use_backend
@@ -31,10 +40,36 @@ def test_epilogues(residual, relu, affine):
     check_fused("odd channels", torch.bfloat16, residual, relu, affine, other=torch.float32)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_folded(residual, relu):
+    check_folded("3x3", torch.float16, residual, relu)
+    check_folded("stem", torch.float32, residual, relu)
+
+
 @pytest.mark.parametrize("name, dtype", QUICK[::3])
 def test_statistics(name, dtype):
     with use(Tile(32, 32, 16)):
         check_statistics(name, dtype)
+
+
+@pytest.mark.parametrize("name, dtype", QUICK)
+def test_prologue(name, dtype):
+    check_prologue(name, dtype)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_prologue_options(training, affine):
+    check_prologue("many odd channels", torch.float16, training, affine, bias=False)
+    with use(Tile(32, 32, 16, split=3)):
+        check_prologue("3x3", torch.float16, training, affine)
+
+
+@pytest.mark.parametrize("name, dtype", QUICK[1::4])
+def test_prologue_and_statistics(name, dtype):
+    with use(Tile(32, 32, 16)):
+        check_chain(name, dtype)
 
 
 @pytest.mark.parametrize("bits", range(8))
@@ -99,3 +134,4 @@ def test_proof(name, dtype):
     check_fused(name, dtype, residual=False, seed=300)
     check_fused(name, dtype, seed=400)
     check_backward(name, dtype, seed=500)
+    check_prologue(name, dtype, training=False, seed=600)

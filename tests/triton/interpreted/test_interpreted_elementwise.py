@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import FLOATS, check_add_relu, check_bn_act, check_max_pool
+from cases import FLOATS, check_add_relu, check_bn_act, check_bn_pool, check_max_pool
 
 ODD = [1, 3, 5, 65, 127]
 
@@ -95,6 +95,29 @@ def test_bn_act_repeats_bitwise():
 def test_max_pool(kernel, stride, padding, dilation, ceil, dtype):
     check_max_pool((2, 5, 11, 9), dtype, kernel, stride, padding, dilation, ceil)
     check_max_pool((1, 33, 8, 8), dtype, kernel, stride, padding, dilation, ceil, nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "kernel, stride, padding, dilation, ceil",
+    [
+        ((3, 3), (2, 2), (1, 1), (1, 1), False),
+        ((2, 2), (2, 2), (0, 0), (1, 1), True),
+        ((3, 2), (1, 3), (1, 0), (2, 1), False),
+        ((3, 3), (2, 1), (1, 1), (1, 2), True),
+    ],
+)
+def test_bn_pool(kernel, stride, padding, dilation, ceil, dtype):
+    check_bn_pool((2, 5, 11, 9), dtype, kernel, stride, padding, dilation, ceil)
+    check_bn_pool((1, 33, 8, 8), dtype, kernel, stride, padding, dilation, ceil, training=False, nan=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [(True, True), (False, False), (True, False), (False, True)])
+def test_bn_pool_options(training, affine):
+    for bits in range(8):
+        wants = [bool(bits >> i & 1) for i in range(3)]
+        check_bn_pool((2, 4, 7, 8), torch.float32, (3, 3), (2, 2), (1, 1), training=training, affine=affine, wants=wants)
 
 
 def test_max_pool_all_minus_infinity():
