@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -93,6 +93,31 @@ def is_exact() -> bool:
     return os.environ.get("RESNET_FAST_EXACT", "0") not in ("", "0") if enabled is None else enabled
 
 
+class _NormalisedNext:
+    """The context of `normalised_next`."""
+
+    def __enter__(self) -> None:
+        self.before, _local.normalised_next = is_normalised_next(), True
+
+    def __exit__(self, *error: object) -> None:
+        _local.normalised_next = self.before
+
+
+def normalised_next(by_batch: bool = True) -> AbstractContextManager:
+    """Say that this thread's convolutions are followed by a norm with their batch's statistics while the context lasts.
+
+    A room whose kernels can take the statistics while they write the output then does so, and they travel with the
+    tensor (`triton_common.keep_statistics`): the norm need not read it for them. Nothing is said while torch.compile traces:
+    a compiled graph runs its operators without their callers.
+    """
+    return nullcontext() if not by_batch or torch.compiler.is_compiling() else _NormalisedNext()
+
+
+def is_normalised_next() -> bool:
+    """Whether the statistics of a convolution's output are wanted next."""
+    return getattr(_local, "normalised_next", False)
+
+
 def _check_name(name: str, where: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"{where}: wanted one of {', '.join(BACKENDS)}, got {name!r}")
@@ -144,6 +169,41 @@ def run(op: str, door: str, *args: Any) -> Any:
     return _tune(op, door, args, able, key)
 
 
+def run_whole(op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
+    """Run a door of a composed operator in one room where one has it whole, else by `parts()`, other operators' doors.
+
+    Where both are possible the faster is measured once, as everywhere; without a measurement it is the parts. (The eager
+    room is the specification; its parts have eager rooms of their own.)
+    """
+    name = forced()
+    rooms = ORDER if name is None else (name,)
+    able = [r for r in rooms if r != "eager" and why_not(op, r, door, args) is None]
+    if not able:
+        return parts()
+    if name is not None:
+        return _call(op, name, door, args)
+    key = signature(op, door, args)
+    choice = _choices.get(key)
+    if choice is None and _choices.measuring() and not _capturing(args):
+        parts()  # once before the clock: what its own operators choose is measured then
+        choice = _fastest([*able, "parts"], lambda r: parts() if r == "parts" else _call(op, r, door, args), args)
+        log.debug("%s -> %s", key, choice)
+        _choices.put(key, choice)
+    return _call(op, choice, door, args) if choice in able else parts()
+
+
+def _fastest(names: list[str], call: Callable[[str], Any], args: tuple[Any, ...]) -> str:
+    """The name whose call is fastest, interleaved, after one call each that warms up."""
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    best = dict.fromkeys(names, float("inf"))
+    for turn in range(_ROUNDS + 1):
+        for name in names:
+            seconds, _ = _timed(lambda name=name: call(name), device)
+            if turn:
+                best[name] = min(best[name], seconds)
+    return min(names, key=best.get)
+
+
 def _call(op: str, name: str, door: str, args: tuple[Any, ...]) -> Any:
     events = getattr(_local, "events", None)
     if events is not None:
@@ -164,7 +224,8 @@ def signature(op: str, door: str, args: tuple[Any, ...]) -> str:
             parts.append(f"{str(a.dtype)[6:]}{list(a.shape)}{'l' if last else 'c' if a.is_contiguous() else 's'}")
         else:
             parts.append(str(a))
-    return f"{'|'.join(parts)}|{torch.get_num_threads()}{'|exact' if is_exact() else ''}"
+    how = f"{'|exact' if is_exact() else ''}{'|normalised next' if is_normalised_next() else ''}"
+    return f"{'|'.join(parts)}|{torch.get_num_threads()}{how}"
 
 
 def _tune(op: str, door: str, args: tuple[Any, ...], able: list[str], key: str) -> Any:

@@ -170,14 +170,14 @@ def test_an_operators_benchmark(op):
 
 
 #: Operators that share a kernel family's files: both convolutions run csrc's conv*.
-STEMS = {"conv2d": "conv", "conv_bn_act": "conv", "max_pool2d": "max_pool"}
+STEMS = {"conv2d": "conv", "conv_bn_act": "conv", "max_pool2d": "max_pool", "bn_act_max_pool2d/cuda": "max_pool"}
 
 
 @in_checkout
 @pytest.mark.parametrize("op, room", [pair for pair in ROOMS if pair[1] in ("cpu", "cuda")])
 def test_compiled_twins(op, room):
     """A cpu room has its C++ page, a cuda room its CUDA page, and both the args struct they share."""
-    stem = STEMS.get(op, op)
+    stem = STEMS.get(f"{op}/{room}", STEMS.get(op, op))
     assert (ROOT / "csrc" / f"{stem}.h").exists(), f"csrc/{stem}.h"
     suffix = "cpp" if room == "cpu" else "cu"
     assert list((ROOT / "csrc" / room).glob(f"{stem}*.{suffix}")), f"csrc/{room}/{stem}*.{suffix}"

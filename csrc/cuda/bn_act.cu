@@ -139,7 +139,7 @@ void bn_act_inference(const Target& target, const BnActArgs& a) {
   });
 }
 
-static void statistics(const Target& target, const BnActArgs& a, const Tiles& tiles) {
+static void launch_statistics(const Target& target, const BnActArgs& a, const Tiles& tiles) {
   dispatch(target.dtype, [&](auto t) {
     using T = decltype(t);
     const StatisticsArgs args{a.x, a.workspace, tiles};
@@ -153,13 +153,19 @@ static void statistics(const Target& target, const BnActArgs& a, const Tiles& ti
                     FinishArgs{a.workspace, a.mean, a.var, tiles});
 }
 
+void bn_act_statistics(const Target& target, const BnActArgs& a) {
+  check_bn(a);
+  const DeviceGuard guard(target);
+  launch_statistics(target, a, cut(target, a.rows, a.channels));
+}
+
 void bn_act_training(const Target& target, const BnActArgs& a, Passes passes) {
   check_bn(a);
   const DeviceGuard guard(target);
   if (passes != Passes::several && bn_act_single_pass(target, a)) return;
   RF_CHECK(passes != Passes::single, "bn_act: a tensor of ", a.rows, " rows and ", a.channels,
            " channels does not fit this card's shared memory in one pass");
-  statistics(target, a, cut(target, a.rows, a.channels));
+  launch_statistics(target, a, cut(target, a.rows, a.channels));
   bn_act_inference(target, a);
 }
 

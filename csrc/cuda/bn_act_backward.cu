@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) bn_backward_apply(Redu
 template <class T, int V, Mask kMask>
 static void run(const Target& target, const ReduceArgs& args) {
   const BnActBackwardArgs& a = args.bn;
-  if (a.dgamma) {
+  if (a.dgamma && !a.sums_given) {
     launch<bn_backward_reduce<T, V, kMask>>(target, {args.tiles.blocks()}, args);
     launch<bn_backward_finish>(target, {(a.channels + kFinishColumns - 1) / kFinishColumns}, args);
   }

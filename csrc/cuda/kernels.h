@@ -75,6 +75,7 @@ int64_t bn_act_workspace(const Target&, int64_t rows, int channels);
 void bn_act_inference(const Target&, const BnActArgs&);
 // automatic: one cooperative kernel where the tensor fits the card's shared memory, else statistics, finish, apply.
 void bn_act_training(const Target&, const BnActArgs&, Passes);
+void bn_act_statistics(const Target&, const BnActArgs&);  // mean and var only
 bool bn_act_fits_single(const Target&, int64_t rows, int channels);
 bool bn_act_single_pass(const Target&, const BnActArgs&);  // false: it does not fit, nothing was launched
 
@@ -96,6 +97,7 @@ struct BnActBackwardArgs {
   float eps;
   bool training;
   bool relu;
+  bool sums_given;  // dgamma and dbeta are given, for dx alone: they are not computed
 };
 void bn_act_backward(const Target&, const BnActBackwardArgs&);
 
@@ -104,7 +106,7 @@ struct Window {
 };
 struct MaxPoolArgs {  // y, argmax: [N, P, Q, C]; with mean: the input is relu(bn(x)), rounded to x's dtype
   void* y;
-  uint8_t* argmax;  // place in the window, row by row; null: not wanted
+  uint8_t* argmax;  // place in the window, row by row; null: not wanted; with mean: 255 where y is not above 0
   const void* x;
   const float* gamma;
   const float* beta;
@@ -121,7 +123,6 @@ struct MaxPoolBackwardArgs {
   void* dx;
   const void* dy;
   const uint8_t* argmax;
-  const void* y;  // null, or the pooled output: dy counts only where !(y <= 0), the ReLU before the pool
   int64_t images;
   int height, width, channels, out_height, out_width;
   Window window;

@@ -1,6 +1,6 @@
 // max_pool2d over NHWC, forward and backward, and the end of a ResNet stem: pool(relu(bn(x))) in one pass.
-// Bytes: x read once from memory (neighbouring windows meet in L1 and L2), y and one byte a place written; backward dy,
-// the places (and y) read once, dx written once. The fused stem neither writes nor reads the normalised activation,
+// Bytes: x read once from memory (neighbouring windows meet in L1 and L2), y and one byte a place written; backward dy and
+// the places read once, dx written once (a place of 255, of a window that is zero after the ReLU, is no tap's). The fused stem neither writes nor reads the normalised activation,
 // four times the size of what it pools. Flops: R * S compares an output, with the norm about 6 more a tap.
 // A thread owns a pack of channels of one output pixel; for the 3 x 3 window all nine loads are in flight at once.
 // Backward gathers (each input pixel asks the windows that cover it), so that no atomics are needed and sums repeat bit
@@ -18,6 +18,8 @@ struct PoolBackwardArgs {
   MaxPoolBackwardArgs pool;
   int packs, row_blocks;  // blocks of an input row
 };
+
+constexpr int kNoPlace = 255;  // of a window whose maximum is not above 0: no tap's number
 
 // Which row of all images, which pixel of it and which pack: a block never spans two rows.
 struct PixelPlace {
@@ -87,9 +89,11 @@ __global__ void __launch_bounds__(kThreads, 3) max_pool_forward(PoolArgs a) {
 
   float best[V];
   int place[V];
-  bool first = true;
+  bool first = !kNorm;
 #pragma unroll
-  for (int v = 0; v < V; ++v) best[v] = kNoFloor, place[v] = 0;
+  for (int v = 0; v < V; ++v) {  // after a ReLU only what is above 0 has a gradient, hence a place
+    best[v] = kNorm ? 0.f : kNoFloor, place[v] = kNorm ? kNoPlace : 0;
+  }
   const auto inside = [&](int r, int s) {
     const int h = top + r * win.dilation_h, w = left + s * win.dilation_w;
     return unsigned(h) < unsigned(pool.height) && unsigned(w) < unsigned(pool.width);
@@ -174,12 +178,6 @@ __global__ void __launch_bounds__(kThreads, 3) max_pool_gradient(PoolBackwardArg
     int place[V];
     widen<T, V>(dy, load_keep<T, V>(static_cast<const T*>(pool.dy) + from));
     load_places<V>(place, pool.argmax + from);
-    if (pool.y) {
-      float y[V];
-      widen<T, V>(y, load_keep<T, V>(static_cast<const T*>(pool.y) + from));
-#pragma unroll
-      for (int v = 0; v < V; ++v) dy[v] = y[v] <= 0.f ? 0.f : dy[v];
-    }
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[v] += place[v] == tap ? dy[v] : 0.f;
   };
@@ -238,8 +236,7 @@ void max_pool2d(const Target& target, const MaxPoolArgs& a) {
 void max_pool2d_backward(const Target& target, const MaxPoolBackwardArgs& a) {
   const Window& w = a.window;
   check_window(w, a.height, a.width, a.channels);
-  check_aligned("max_pool2d", static_cast<char*>(a.dx), static_cast<const char*>(a.dy), a.argmax,
-                static_cast<const char*>(a.y));
+  check_aligned("max_pool2d", static_cast<char*>(a.dx), static_cast<const char*>(a.dy), a.argmax);
   const DeviceGuard guard(target);
   const auto covered = [](int kernel, int stride, int dilation) { return ((kernel - 1) * dilation) / stride + 1; };
   const bool two =

@@ -215,6 +215,7 @@ def show_roofline(args: argparse.Namespace) -> int:
     print(f"Elements per image of {args.size} px:\n")
     lines = [[name, *(f"{v / 1e6:.1f}" for v in roofline.elements(found).values())] for name, found in counted.items()]
     print(tabulate(lines, header))
+    _show_launches(args)
     machine = roofline.measure(where, args.dtype, args.threads)
     rates = ", ".join(f"{rate:,.0f} GFLOP/s {dtype}" for dtype, rate in machine.gflops.items())
     print(f"\n{report.device_name(where)}: {rates}, {machine.gbytes:.1f} GB/s\n  ({machine.how})\n")
@@ -232,6 +233,26 @@ def show_roofline(args: argparse.Namespace) -> int:
         tabulate(lines, ["", "batch", "GFLOP/image", *(f"{m} {d}, ms" for d in args.dtype for m in ("infer", "train"))])
     )
     return 0
+
+
+def _show_launches(args: argparse.Namespace) -> None:
+    """Bytes of the GPU kernels, from their launches on meta tensors; needs Triton's sources, no card."""
+    import torch
+    from tabulate import tabulate
+
+    from resnet_fast.ops import triton_common
+
+    if triton_common.missing():
+        print(f"\nBytes of the GPU kernels are left out: {triton_common.missing()}")
+        return
+    from resnet_fast.bench import gpu_traffic
+
+    dtype = getattr(torch, args.dtype[0])
+    batch = max(32, *args.batch)
+    print(
+        f"\nMB a GPU's kernels move at batch {batch} in {args.dtype[0]}: torch's operators, and the Triton launches:\n"
+    )
+    print(tabulate(gpu_traffic.table(args.model, batch, args.size, dtype), ["", *(c for c, _ in gpu_traffic.COLUMNS)]))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 from resnet_fast.ops import triton_common as rooms
 from resnet_fast.ops.add_relu import triton as add_relu
 from resnet_fast.ops.bn_act import triton as bn_act
+from resnet_fast.ops.bn_act_max_pool2d import triton as bn_act_max_pool2d
 from resnet_fast.ops.conv2d import triton as conv2d
 from resnet_fast.ops.conv2d import triton_tiles
 from resnet_fast.ops.conv_bn_act import triton as conv_bn_act
@@ -174,7 +175,8 @@ LAYERS = (
 
 
 def convolution_launches(layer: tuple, dtype: torch.dtype) -> list[Launch]:
-    """Every candidate tile of a layer: fused forward with residual, data gradient (not of the stem), weight gradient."""
+    """Every candidate tile of a layer: the forward in evaluation with residual, in training with statistics and (but the
+    stem's) prologue, data gradient (not of the stem), weight gradient."""
     _, n, c, h, k, r, stride, padding = layer
     x, weight, vector = _meta(n, c, h, h, dtype=dtype), _meta(k, c, r, r, dtype=dtype), _meta(k)
     geometry = ([stride] * 2, [padding] * 2, [1, 1], 1)
@@ -184,13 +186,18 @@ def convolution_launches(layer: tuple, dtype: torch.dtype) -> list[Launch]:
     def run() -> None:
         with triton_tiles.every_candidate():
             conv_bn_act.fwd(x, weight, None, vector, vector, vector, vector, y, 1e-5, True, *geometry)
+            conv2d.forward_statistics(x, weight, None, *geometry)
+            if c > 3:
+                norm = _meta(c)
+                before = conv2d.prologue(norm, norm, norm, norm, 1e-5)
+                conv2d.forward_statistics(x, weight, None, *geometry, before)
             conv2d.bwd(y, x, weight, False, *geometry, [c > 3, True, False])
 
     return record(run)
 
 
 def elementwise_launches(c: int, h: int, dtype: torch.dtype) -> list[Launch]:
-    """The kernels of add_relu, bn_act and max_pool2d, forward and backward, for one activation."""
+    """The kernels of add_relu, bn_act, max_pool2d and bn_act_max_pool2d, forward and backward, for one activation."""
     x, vector = _meta(32, c, h, h, dtype=dtype), _meta(c)
 
     def run() -> None:
@@ -203,6 +210,9 @@ def elementwise_launches(c: int, h: int, dtype: torch.dtype) -> list[Launch]:
         window = ([3, 3], [2, 2], [1, 1], [1, 1])
         y, argmax = max_pool2d.fwd(x, *window, [(h + 1) // 2] * 2, True)
         max_pool2d.bwd(y, argmax, h, h, *window)
+        norm = (vector, vector, vector, vector)
+        bn_act_max_pool2d.fwd(x, *norm, 1e-5, *window, [(h + 1) // 2] * 2, True)
+        bn_act_max_pool2d.bwd(y, argmax, x, *norm, True, 1e-5, *window, [True] * 3)
 
     return record(run)
 
@@ -224,10 +234,12 @@ def all_launches(target: int | str) -> Iterator[tuple[str, str, Launch]]:
 
 
 def tile_of(launch: Launch) -> str:
-    """The tile of a launch in one word."""
+    """The tile of a launch, and a convolution's form, in a few words."""
     blocks = [str(v) for k, v in launch.constants.items() if k.startswith("BLOCK")]
     split = launch.constants.get("SPLIT", 1)
-    return "x".join(blocks) + (f" split {split}" if split > 1 else "")
+    forms = (("pre_scale_ptr", " prologue"), ("part_ptr", " statistics"))
+    form = "".join(word for name, word in forms if launch.name == "gather_gemm" and launch.args.get(name) is not None)
+    return "x".join(blocks) + (f" split {split}" if split > 1 else "") + form
 
 
 def main() -> None:

@@ -3,20 +3,26 @@
 The network runs on meta tensors; every operator it calls is handed to its triton room, whose launches are recorded. The
 bytes of a launch are those of its tensors, each once: what memory must deliver if nothing stays in a cache between
 kernels. The floor is what the operators' fusion allows at best. A model, not a measurement.
+
+Beside it stand the bytes of torch's own operators, counted in the same way from what autograd runs on a torchvision model.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from resnet_fast import backends
 from resnet_fast.bench.gpu_resources import Launch, record
+from resnet_fast.ops import triton_common
 
 
 def bytes_of(*tensors: Tensor | None) -> int:
@@ -34,11 +40,20 @@ def launch_bytes(launch: Launch) -> int:
     return total
 
 
-def floor(op: str, door: str, args: tuple[Any, ...], made: list[Tensor]) -> int:
-    """The fewest bytes the operator's fusion allows: every tensor once in each of its passes."""
+def floor(op: str, door: str, args: tuple[Any, ...], made: list[Tensor], kept: bool = False) -> int:
+    """The fewest bytes the operator's fusion allows: every tensor once in each of its passes.
+
+    Args:
+        kept: the statistics of the first tensor came with it.
+    """
     given = [t for t in args if isinstance(t, Tensor)]
-    if op == "bn_act" and door == "fwd" and args[6]:  # statistics, then the apply pass
-        return bytes_of(*given, *made, args[0])
+    if door == "fwd" and op in ("bn_act", "bn_act_conv2d") and args[6 if op == "bn_act" else 7]:
+        # Statistics, then the apply pass or the convolution; one pass where the statistics came with the tensor.
+        return bytes_of(*given, *made) + (0 if kept else bytes_of(args[0]))
+    if op == "bn_act" and door == "statistics":
+        return bytes_of(*made) + (0 if kept else bytes_of(args[0]))
+    if op == "bn_act_max_pool2d" and door == "bwd":  # reduce, then the apply pass, both through the places
+        return bytes_of(*given, *made) + (bytes_of(*args[:3]) if args[7] and args[13][0] else 0)
     if op == "bn_act" and door == "bwd":  # reduce, then the apply pass on the masked gradient where that was written
         dy, x, y = args[:3]
         again = (x, made[3]) if args[10][3] else (x, dy, y)
@@ -51,8 +66,12 @@ def floor(op: str, door: str, args: tuple[Any, ...], made: list[Tensor]) -> int:
 
 @dataclass
 class Traffic(TorchDispatchMode):
-    """Collects (operator, floor, bytes by the launches) of every door called while the mode is on."""
+    """Collects (operator, floor, bytes by the launches) of every door called while the mode is on.
 
+    With `prologue` a composed operator runs whole where its triton room has it, else by its parts.
+    """
+
+    prologue: bool = False
     rows: list[tuple[str, int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -61,12 +80,16 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "resnet_fast":
             return func(*args, **(kwargs or {}))
-        before, backends.run = backends.run, self._run
+        before = backends.run, backends.run_whole
+        backends.run, backends.run_whole = self._run, self._run_whole
         try:  # the operator itself, not its fake: it asks `backends` for its doors
             with torch.utils._python_dispatch._disable_current_modes():
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
         finally:
-            backends.run = before
+            backends.run, backends.run_whole = before
+
+    def _run_whole(self, op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
+        return self._run(op, door, *args) if self.prologue else parts()
 
     def _run(self, op: str, door: str, *args: Any) -> Any:
         room, out = importlib.import_module(f"resnet_fast.ops.{op}.triton"), None
@@ -75,9 +98,10 @@ class Traffic(TorchDispatchMode):
             nonlocal out
             out = getattr(room, door)(*args)
 
+        kept = triton_common.kept_statistics(args[0]) is not None
         launches = record(call)
         made = [out] if isinstance(out, Tensor) else list(out)
-        self.rows.append((f"{op}.{door}", floor(op, door, args, made), sum(map(launch_bytes, launches))))
+        self.rows.append((f"{op}.{door}", floor(op, door, args, made, kept), sum(map(launch_bytes, launches))))
         return out
 
     def total(self) -> tuple[int, int]:
@@ -85,31 +109,107 @@ class Traffic(TorchDispatchMode):
         return sum(r[1] for r in self.rows), sum(r[2] for r in self.rows)
 
 
-def network(name: str, batch: int, size: int, dtype: torch.dtype, training: bool) -> Traffic:
+@dataclass
+class EagerTraffic(TorchDispatchMode):
+    """Adds up the bytes of torch's operators while the mode is on: inputs and outputs, again for every further pass."""
+
+    total: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if func.is_view or name in ("detach", "empty", "empty_like") or not made:
+            return out
+        self.total += bytes_of(*given, *made)
+        if name == "convolution_backward":  # the data gradient and the weight gradient both read dy
+            self.total += bytes_of(args[0]) if all(args[-1][:2]) else 0
+        elif "batch_norm_backward" in name:  # sums, then dx: dy and x twice
+            self.total += bytes_of(*args[:2])
+        elif "batch_norm" in name and args[5]:  # statistics, then y
+            self.total += bytes_of(args[0])
+        return out
+
+
+def eager(name: str, batch: int, size: int, dtype: torch.dtype, training: bool) -> int:
+    """Bytes of a torchvision network's forward, or forward and backward, in plain torch."""
+    from resnet_fast.bench import cases
+
+    with torch.device("meta"):
+        model = cases.network(name).train(training).to(dtype=dtype, memory_format=torch.channels_last)
+        images = torch.empty(batch, 3, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(training), EagerTraffic() as traffic:
+        y = model(images)
+        if training:
+            y.sum().backward()
+    return traffic.total
+
+
+def network(name: str, batch: int, size: int, dtype: torch.dtype, training: bool, prologue: bool = False) -> Traffic:
     """The traffic of a network's forward, or of forward and backward, on images of size x size."""
     from resnet_fast import models
 
     with torch.device("meta"):
         model = models.create_model(name).train(training).to(dtype=dtype, memory_format=torch.channels_last)
         images = torch.empty(batch, 3, size, size, dtype=dtype).to(memory_format=torch.channels_last)
-    with torch.set_grad_enabled(training), Traffic() as traffic:
+    with torch.set_grad_enabled(training), Traffic(prologue) as traffic:
         y = model(images)
         if training:
             y.sum().backward()
     return traffic
 
 
+#: Columns of `table`: name, training, prologue; eager ones first of their mode.
+COLUMNS = (
+    ("infer eager", False),
+    ("infer fused", False),
+    ("train eager", True),
+    ("train fused", True),
+    ("train prologue", True),
+)
+
+
+def table(names: Sequence[str], batch: int, size: int, dtype: torch.dtype) -> list[list[str]]:
+    """MB of a batch by network: torch's operators, our launches, our launches with the norms as prologues; x eager's."""
+    rows = []
+    for name in names:
+        cells, least = [], 0.0
+        for column, training in COLUMNS:
+            if column.endswith("eager"):
+                least = eager(name, batch, size, dtype, training)
+                cells.append(f"{least / 1e6:.0f}")
+                continue
+            ours = network(name, batch, size, dtype, training, column.endswith("prologue")).total()[1]
+            cells.append(f"{ours / 1e6:.0f} ({least / ours:.2f}x less)")
+        rows.append([name, *cells])
+    return rows
+
+
 def main() -> None:
-    """Print the table of the ImageNet networks."""
-    print("network    pass       dtype      floor MB   launches MB   ratio   (batch 32, 224 x 224)")
+    """Print the launches against their floors, for the ImageNet networks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rows", type=int, default=0, help="list so many of the doors that exceed their floor most")
+    options = parser.parse_args()
+    print(
+        f"network    pass       dtype      floor MB   launches MB   ratio   (batch {options.batch}, {options.size} px)"
+    )
     for name in ("resnet18", "resnet50"):
-        for training in (False, True):
+        for training, prologue in ((False, False), (True, False), (True, True)):
             for dtype in (torch.bfloat16, torch.float32):
-                least, ours = network(name, 32, 224, dtype, training).total()
-                kind = "training" if training else "inference"
+                traffic = network(name, options.batch, options.size, dtype, training, prologue)
+                least, ours = traffic.total()
+                kind = "prologue" if prologue else "training" if training else "inference"
                 print(
                     f"{name:10s} {kind:10s} {str(dtype)[6:]:9s} {least / 1e6:9.1f} {ours / 1e6:12.1f} {ours / least:9.3f}"
                 )
+                for door, low, high in sorted(traffic.rows, key=lambda r: r[1] - r[2])[: options.rows]:
+                    print(f"    {door:24s} {low / 1e6:9.2f} {(high - low) / 1e6:+9.2f}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as global_hooks
 
-from resnet_fast import functional
+from resnet_fast import backends, functional
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -73,13 +73,15 @@ def chain(
             x = conv_bn_act(x, conv, bn)
         return conv_bn_act(x, *links[-1], residual, act)
     conv, bn = links[0]
-    z = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    with backends.normalised_next(bn.training):
+        z = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     for conv, following in links[1:]:
         mean, var, training, momentum = _statistics(bn)
-        z = functional.bn_act_conv2d(
-            z, mean, var, bn.weight, bn.bias, conv.weight, conv.bias, training, momentum, bn.eps,
-            conv.stride, conv.padding, conv.dilation, conv.groups, _group(bn),
-        )  # fmt: skip
+        with backends.normalised_next(following.training):
+            z = functional.bn_act_conv2d(
+                z, mean, var, bn.weight, bn.bias, conv.weight, conv.bias, training, momentum, bn.eps,
+                conv.stride, conv.padding, conv.dilation, conv.groups, _group(bn),
+            )  # fmt: skip
         bn = following
     return bn_act(z, bn, residual, act)
 
@@ -96,7 +98,8 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> 
     """pool(relu(bn(conv(x)))); with gradients the map between ReLU and pool is never written."""
     if not torch.is_grad_enabled() or isinstance(x, Proxy) or why_not_stem(conv, bn, pool) is not None or x.dim() != 4:
         return max_pool(conv_bn_act(x, conv, bn), pool)
-    z = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    with backends.normalised_next(bn.training):
+        z = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     mean, var, training, momentum = _statistics(bn)
     return functional.bn_act_max_pool2d(
         z, mean, var, bn.weight, bn.bias, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode,

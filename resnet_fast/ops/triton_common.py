@@ -87,6 +87,19 @@ def launch(
         kernel[grid](**args, **constants, num_warps=warps, num_stages=stages)
 
 
+def keep_statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Let the batch statistics of a fresh tensor, found by the kernel that wrote it, travel with it."""
+    if not x.is_inference():  # which has no version
+        x._resnet_fast_statistics = (x._version, mean, var)
+
+
+def kept_statistics(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The statistics that came with this very tensor, None where there are none or it was written to since."""
+    version, *found = getattr(x, "_resnet_fast_statistics", (None,))
+    # Tensors of their own: two norms of one tensor must not return the same object.
+    return (found[0].detach(), found[1].detach()) if found and version == x._version else None
+
+
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -16,6 +16,7 @@ MAIN_DTYPES = {
     "eager": (_FLOAT, _HALF, torch.float16, torch.float64),
     "cpu": (_FLOAT, _HALF),
     "onednn": (_FLOAT, _HALF),
+    "cudnn": (_FLOAT, _HALF, torch.float16),
     "triton": (_FLOAT, _HALF, torch.float16),
     "cuda": (_FLOAT, _HALF, torch.float16),
 }
@@ -41,7 +42,7 @@ def cannot_run(op: str, room: str) -> str | None:
 
 def device(room: str) -> str:
     """Where a room's tensors live."""
-    return "cuda" if room in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+    return "cuda" if room in ("cuda", "cudnn", "triton") and torch.cuda.is_available() else "cpu"
 
 
 def plain_call(op: str, device: str = "cpu") -> tuple[str, tuple]:

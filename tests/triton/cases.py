@@ -144,14 +144,20 @@ def check_bn_pool(
     if training:
         mean, var = bn_eager.fwd(x.nan_to_num(), None, None, None, None, None, True, 1e-5, False)[1:]
     else:
-        mean, var = random((c,), torch.float32, seed + 4, device), random((c,), torch.float32, seed + 5, device).abs() + 0.5
+        mean, var = (
+            random((c,), torch.float32, seed + 4, device),
+            random((c,), torch.float32, seed + 5, device).abs() + 0.5,
+        )
     norm = (weight, bias, mean, var)
     window = ([*kernel], [*stride], [*padding], [*dilation])
     size = output_size(x, kernel, stride, padding, dilation, ceil)
     assert room("bn_act_max_pool2d").why_not("fwd", x, *norm) is None
     y, places = room("bn_act_max_pool2d").fwd(x, *norm, 1e-5, *window, size, True)
-    assert torch.equal(y.nan_to_num(77.0), room("bn_act_max_pool2d").fwd(x, *norm, 1e-5, *window, size, False)[0].nan_to_num(77.0))
-    eager, truth = (bn_pool_eager.fwd(t, *v, 1e-5, *window, size, True)[0] for t, v in ((x, norm), (x.double(), double(*norm))))
+    again, none = room("bn_act_max_pool2d").fwd(x, *norm, 1e-5, *window, size, False)
+    assert torch.equal(y.nan_to_num(77.0), again.nan_to_num(77.0)) and none.numel() == 0
+    eager, truth = (
+        bn_pool_eager.fwd(t, *v, 1e-5, *window, size, True)[0] for t, v in ((x, norm), (x.double(), double(*norm)))
+    )
     assert y.stride() == eager.stride() and places.stride() == y.stride() and places.dtype == torch.uint8
     extra = 0.0 if dtype != torch.float32 else FLOAT32_SUM * float(truth.nan_to_num().abs().max())
     within_law(y, eager, truth, "y", extra)
@@ -171,7 +177,8 @@ def check_bn_pool(
     eager = bn_pool_eager.bwd(*back, training, 1e-5, *window, list(wants))
     truth = bn_pool_eager.bwd(dy.double(), places, *double(x, *norm), training, 1e-5, *window, list(wants))
     largest = float(dy.double().abs().sum((0, 2, 3)).max())
-    extra = [FLOAT32_SUM * float(truth[0].abs().max()) if wants[0] and dtype == torch.float32 else 0.0] + [FLOAT32_SUM * largest] * 2
+    rounding = FLOAT32_SUM * float(truth[0].abs().max()) if wants[0] and dtype == torch.float32 else 0.0
+    extra = (rounding, FLOAT32_SUM * largest, FLOAT32_SUM * largest)
     for name, a, b, t, more in zip(("dx", "dweight", "dbias"), grads, eager, truth, extra):
         assert a.shape == b.shape
         if a.numel():

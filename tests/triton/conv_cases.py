@@ -177,5 +177,7 @@ def check_chain(name, dtype, device="cpu", seed=0):
     assert torch.equal(y, room("bn_act_conv2d").fwd(z, None, None, mean, var, weight, None, False, 1e-5, *geometry)[0])
     truth = y.double()
     variance = truth.var((0, 2, 3), unbiased=False)
-    torch.testing.assert_close(out_mean.double(), truth.mean((0, 2, 3)), rtol=0, atol=2.0**-22 * float(truth.abs().max()))
+    torch.testing.assert_close(
+        out_mean.double(), truth.mean((0, 2, 3)), rtol=0, atol=2.0**-22 * float(truth.abs().max())
+    )
     assert ((out_var.double() - variance).abs() <= 1e-5 * variance + 1e-12).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fast.ops import common, cuda_room
+from resnet_fast.ops import common, cuda_room, triton_common
 
 
 def why_not(door: str, *args: object) -> str | None:
@@ -13,6 +13,8 @@ def why_not(door: str, *args: object) -> str | None:
     if door == "fwd":
         x, weight, bias, mean, var, residual = args[:6]
         return cuda_room.why_not(x, residual, vectors=(weight, bias, mean, var))
+    if door == "statistics":
+        return cuda_room.why_not(*args)
     dy, x, y, weight, bias, mean, var = args[:7]
     return cuda_room.why_not(dy, x, y, vectors=(weight, bias, mean, var))
 
@@ -33,13 +35,16 @@ def fwd(
 
     `passes` (0: what fits, 1: several kernels, 2: one) is for tests and benchmarks.
     """
+    kept = triton_common.kept_statistics(x) if training else None  # of a Triton convolution
     x, residual = cuda_room.dense(x), cuda_room.dense(residual)
     weight, bias = cuda_room.vector(weight), cuda_room.vector(bias)
     rows, channels = cuda_room.rows(x), x.shape[1]
     y = common.empty_output(x)
-    if not training:
-        mean, var = cuda_room.vector(mean), cuda_room.vector(var)
+    if not training or kept is not None:
+        mean, var = (cuda_room.vector(t) for t in kept or (mean, var))
         cuda_room.call("bn_act_inference", x, y, x, residual, weight, bias, mean, var, rows, channels, eps, relu)
+        if training:
+            return y, mean, var
         none = x.new_empty(0, dtype=torch.float32)
         return y, none, none.clone()
     mean, var = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
@@ -47,6 +52,18 @@ def fwd(
     arguments = (y, x, residual, weight, bias, mean, var, workspace, rows, channels, eps, relu, passes)
     cuda_room.call("bn_act_training", x, *arguments)
     return y, mean, var
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch's mean and biased variance per channel, float32: those that came with x, else by a pass over it."""
+    kept = triton_common.kept_statistics(x)
+    if kept is not None:
+        return kept
+    x = cuda_room.dense(x)
+    rows, channels = cuda_room.rows(x), x.shape[1]
+    mean, var = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    cuda_room.call("bn_act_statistics", x, x, mean, var, _workspace(x, rows, channels), rows, channels)
+    return mean, var
 
 
 def bwd(
@@ -74,13 +91,39 @@ def bwd(
         workspace = _workspace(x, rows, channels)
     if any(wants):
         tensors = (dx, dresidual, dweight, dbias, dy, x, y, weight, bias, mean, var, workspace)
-        cuda_room.call("bn_act_backward", x, *tensors, rows, channels, eps, training, relu)
+        cuda_room.call("bn_act_backward", x, *tensors, rows, channels, eps, training, relu, False)
     return (
         dx if wants[0] else x.new_empty(0),
         dweight if wants[1] else x.new_empty(0),
         dbias if wants[2] else x.new_empty(0),
         dresidual if wants[3] else x.new_empty(0),
     )
+
+
+def dx(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    count: Tensor,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """The input's gradient where dweight and dbias are the sums over `count` values of several processes' batches."""
+    dy, x, y = cuda_room.dense(dy), cuda_room.dense(x), cuda_room.dense(y)
+    rows, channels = cuda_room.rows(x), x.shape[1]
+    out = common.empty_output(x)
+    # The kernel divides by this process's rows; on the device, so that nothing waits for `count`.
+    sums = (cuda_room.vector(t * (rows / count)) for t in (dweight, dbias))
+    vectors = (cuda_room.vector(t) for t in (weight, bias, mean, var))
+    tensors = (out, None, *sums, dy, x, y, *vectors, None)
+    cuda_room.call("bn_act_backward", x, *tensors, rows, channels, eps, True, relu, True)
+    return out
 
 
 def _workspace(x: Tensor, rows: int, channels: int) -> Tensor:

@@ -29,9 +29,12 @@ def _rows(x: Tensor) -> int:
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch's mean and biased variance per channel, float32."""
+    """The batch's mean and biased variance per channel, float32: those that came with x, else by a pass over it."""
     from resnet_fast.ops.bn_act.triton_kernels import bn_statistics
 
+    kept = rooms.kept_statistics(x)
+    if kept is not None:
+        return kept
     x = common.channels_last(x)
     m, c = _rows(x), x.shape[1]
     block_r, block_c = rooms.rows_tile(c, widest=REDUCE)
@@ -75,10 +78,10 @@ def fwd(
     """y, and in training the batch's mean and biased variance (two empty vectors otherwise)."""
     from resnet_fast.ops.bn_act.triton_kernels import bn_apply
 
-    x = common.channels_last(x)
-    residual = None if residual is None else common.channels_last(residual)
     if training:
         mean, var = statistics(x)
+    x = common.channels_last(x)
+    residual = None if residual is None else common.channels_last(residual)
     m, c = _rows(x), x.shape[1]
     y = common.empty_output(x, x.dtype if residual is None else torch.result_type(x, residual))
     block_r, block_c = rooms.rows_tile(c)
@@ -155,3 +158,35 @@ def bwd(
         dbias if wants[2] else none.clone(),
         dresidual if wants[3] else none.clone(),
     )
+
+
+def dx(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    count: Tensor,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """The input's gradient where dweight and dbias are the sums over `count` values of several processes' batches."""
+    from resnet_fast.ops.bn_act.triton_kernels import bn_backward_apply
+
+    dy, x = common.channels_last(dy), common.channels_last(x)
+    y = None if y is None or not relu else common.channels_last(y)
+    m, c = _rows(x), x.shape[1]
+    out = common.empty_output(x)
+    dweight, dbias = ((t / count).float() for t in (dweight, dbias))  # on the device: nothing waits for `count`
+    args = dict(
+        dx_ptr=out, dy_ptr=dy, x_ptr=x, y_ptr=y, mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias,
+        dweight_ptr=dweight, dbias_ptr=dbias, M=m, inverse=1.0, eps=eps,
+    )  # fmt: skip
+    block_r, block_c = rooms.rows_tile(c)
+    tile = dict(C=c, RELU=relu, STEPS=STEPS, BLOCK_R=block_r, BLOCK_C=block_c)
+    rooms.launch(bn_backward_apply, (-(-m // (STEPS * block_r)), -(-c // block_c)), args, tile)
+    return out

@@ -63,8 +63,18 @@ def bn_act_conv2d(
 
 
 def _run(z, gamma, beta, mean, var, weight, bias, training, eps, stride, padding, dilation, groups, group):
-    y, *found = norm.forward(z, gamma, beta, mean, var, None, training, eps, True, group)
-    return backends.run("conv2d", "fwd", y, weight, bias, stride, padding, dilation, groups), *found
+    window = (stride, padding, dilation, groups)
+
+    def parts():
+        y, *found = norm.forward(z, gamma, beta, mean, var, None, training, eps, True, group)
+        return backends.run("conv2d", "fwd", y, weight, bias, *window), *found
+
+    if training and group:  # the statistics are not this process's alone
+        return parts()
+    found = backends.run_whole(
+        "bn_act_conv2d", "fwd", parts, z, gamma, beta, mean, var, weight, bias, training, eps, *window
+    )
+    return found if len(found) == 4 else (*found, z.new_empty(0, dtype=torch.float64))
 
 
 def _run_backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from resnet_fast import backends
 from resnet_fast.ops import common
 from resnet_fast.ops import triton_common as rooms
 from resnet_fast.ops.bn_act import triton as bn_act
@@ -32,11 +33,16 @@ def fwd(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The convolution's output, and in training the batch's mean and biased variance (two empty vectors otherwise)."""
-    z = common.channels_last(z)
     if training:
         mean, var = bn_act.statistics(z)
-    out = common.empty_convolution(z, weight, stride, padding, dilation)
-    given = dict(shift_ptr=bias) | conv.prologue(gamma, beta, mean, var, eps)
-    conv.forward(z, weight, stride, padding, dilation, groups, out, given, False)
+    z = common.channels_last(z)
+    before = conv.prologue(gamma, beta, mean, var, eps)
+    window = (stride, padding, dilation, groups)
+    if backends.is_normalised_next():
+        out, *found = conv.forward_statistics(z, weight, bias, *window, before)
+        rooms.keep_statistics(out, *found)
+    else:
+        out = common.empty_convolution(z, weight, stride, padding, dilation)
+        conv.forward(z, weight, *window, out, dict(shift_ptr=bias) | before, False)
     none = mean.new_empty(0)
     return (out, mean, var) if training else (out, none, none.clone())

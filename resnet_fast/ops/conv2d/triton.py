@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from resnet_fast import backends
 from resnet_fast.ops import common
 from resnet_fast.ops import triton_common as rooms
 from resnet_fast.ops.conv2d import triton_tiles as tiles
@@ -252,7 +253,11 @@ def fwd(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """The convolution's output, channels_last."""
+    """The convolution's output, channels_last; where a norm follows, with its statistics."""
+    if backends.is_normalised_next():
+        out, mean, var = forward_statistics(x, weight, bias, stride, padding, dilation, groups)
+        rooms.keep_statistics(out, mean, var)
+        return out
     out = common.empty_convolution(x, weight, stride, padding, dilation)
     forward(x, weight, stride, padding, dilation, groups, out, dict(shift_ptr=bias), False)
     return out

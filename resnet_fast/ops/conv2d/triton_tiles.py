@@ -118,9 +118,15 @@ def gemm_tiles(
             for split in (1, 2, 3, 4, 6, 8)
             if split == 1 or k // (split * t.k) >= 8
         }
-        split = min(costs, key=costs.get)
+        split = _fewest_parts(costs)
         best[replace(t, split=split)] = costs[split]
     return sorted(best, key=best.get)[:_CANDIDATES]
+
+
+def _fewest_parts(costs: dict[int, float]) -> int:
+    """The smallest split whose time is within a tenth of the best: the model knows no better, and parts are bytes."""
+    least = min(costs.values())
+    return min(split for split, cost in costs.items() if cost <= 1.1 * least)
 
 
 def _seconds_at_best(programs: int, t: Tile, depth: float, bytes_: int, ieee: bool, sm: int) -> float:
@@ -168,9 +174,11 @@ def wgrad_tiles(
                 # TAPS taps share a program, hence the products of each count so often.
                 costs[split] = _seconds_at_best(programs * split, t, taps * pixels / split, bytes_, ieee, sm)
                 costs[split] += (split > 1) * split * k * n * parts * taps * 8 / BANDWIDTH
-        split = min(costs, key=costs.get)
+        split = _fewest_parts(costs)
         best.setdefault(replace(t, split=split), costs[split])
-    return sorted(best, key=best.get)[:_CANDIDATES]
+    # Of tiles whose times are within a tenth of the best, those of fewer parts first, for the same reason.
+    near = 1.1 * min(best.values())
+    return sorted(best, key=lambda t: (best[t] > near, t.split if best[t] <= near else best[t]))[:_CANDIDATES]
 
 
 def choose(key: str, tiles: list[Tile], run: Callable[[Tile], None], device: torch.device) -> None:

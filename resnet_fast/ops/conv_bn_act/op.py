@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from resnet_fast import _library
+from resnet_fast import _library, backends
 from resnet_fast.ops import checks, common
 from resnet_fast.ops.bn_act.op import bn_act
 from resnet_fast.ops.conv2d.op import conv2d
@@ -50,7 +50,8 @@ def conv_bn_act(
         He et al., 2015; folding a BatchNorm with known statistics into a convolution is folklore (Jacob et al., 2018).
     """
     if training or _library.needs_grad(x, weight, bias, bn_weight, bn_bias, residual):
-        z = conv2d(x, weight, bias, stride, padding, dilation, groups)
+        with backends.normalised_next(training):
+            z = conv2d(x, weight, bias, stride, padding, dilation, groups)
         return bn_act(z, running_mean, running_var, bn_weight, bn_bias, residual, training, momentum, eps, act, group)
     x, stride, padding, dilation = common.convolution_arguments(
         "conv_bn_act", x, weight, bias, stride, padding, dilation, groups

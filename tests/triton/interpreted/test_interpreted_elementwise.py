@@ -117,7 +117,9 @@ def test_bn_pool(kernel, stride, padding, dilation, ceil, dtype):
 def test_bn_pool_options(training, affine):
     for bits in range(8):
         wants = [bool(bits >> i & 1) for i in range(3)]
-        check_bn_pool((2, 4, 7, 8), torch.float32, (3, 3), (2, 2), (1, 1), training=training, affine=affine, wants=wants)
+        check_bn_pool(
+            (2, 4, 7, 8), torch.float32, (3, 3), (2, 2), (1, 1), training=training, affine=affine, wants=wants
+        )
 
 
 def test_max_pool_all_minus_infinity():
