@@ -74,7 +74,7 @@ gpu: .venv-bench/.done .venv-test/.done  ## on a machine with a GPU: tests, comp
 	compute-sanitizer --error-exitcode 1 .venv-test/bin/python -m pytest -m gpu tests/triton tests/cuda $(PYTEST_ARGS)
 	compute-sanitizer --tool racecheck --error-exitcode 1 .venv-test/bin/python -m pytest -m gpu tests/cuda $(PYTEST_ARGS)
 	.venv-bench/bin/python tools/cuda_timing.py --csv benchmarks/results/cuda_timing.csv
-	.venv-bench/bin/python -m resnet_fast.bench suite --device cuda --batch 1,64,256 --train-batch 128 --dtype float32,bfloat16 $(BENCH_ARGS)
+	.venv-bench/bin/python -m resnet_fast.bench --device cuda $(BENCH_ARGS)
 
 info: .venv-bench/.done  ## what is built, what would run here, and why not
 	.venv-bench/bin/python -m resnet_fast.info

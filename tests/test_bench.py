@@ -311,3 +311,31 @@ def test_every_engine_has_a_legend_and_a_colour() -> None:
             assert set(engines.defaults(Case(mode, "resnet18", 1, dtype="bfloat16", device=device))) <= set(
                 engines.LEGEND
             )
+
+
+def test_a_card_alone_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--device cuda` runs the suite that fits a GPU, unattended, into a file named after the card."""
+    found = []
+    monkeypatch.setattr(bench, "compare", lambda args: found.append(args) or 0)
+    assert bench.main(["--device", "cuda"]) == 0 and bench.main(["--device=cuda", "--batch", "8"]) == 0
+    args, own = found
+    assert (args.command, args.batch, args.train_batch, args.dtype, args.minutes) == (
+        "suite",
+        [1, 64],
+        [128],
+        ["bfloat16"],
+        6,
+    )
+    assert own.batch == [8] and own.train_batch == [128]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = bench.cases_of(args)
+    assert {c.device for c in made} == {"cuda"} and len(made) == 6
+    assert all("compile" not in bench.engines_of(args, c) for c in made if c.mode == "train")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert report.stem("cuda", "suite").endswith("-nvidia-h100-80gb-hbm3-suite")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
+def test_without_a_card_the_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--device", "cuda"]) == 2
+    assert "torch sees no CUDA device here" in capsys.readouterr().err

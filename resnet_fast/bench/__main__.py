@@ -255,9 +255,24 @@ def _show_launches(args: argparse.Namespace) -> None:
     print(tabulate(gpu_traffic.table(args.model, batch, args.size, dtype), ["", *(c for c, _ in gpu_traffic.COLUMNS)]))
 
 
+#: What `--device cuda` alone runs: chosen to end well under 9 minutes on one card, unattended.
+CARD = {"--batch": "1,64", "--train-batch": "128", "--dtype": "bfloat16", "--minutes": "6"}
+
+
+def completed(arguments: list[str]) -> list[str]:
+    """Options without a command are the suite's; with `--device cuda` what is not given is as in `CARD`."""
+    if not arguments or not arguments[0].startswith("--") or arguments[0] == "--help":
+        return arguments
+    given = ["suite", *arguments]
+    for name, value in CARD.items() if "cuda" in arguments or "--device=cuda" in arguments else ():
+        if not any(a.split("=")[0] == name for a in arguments):
+            given += [name, value]
+    return given
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 when all of this package's results were right, 1 when not, 2 when it could not be run."""
-    args = parser().parse_args(arguments)
+    args = parser().parse_args(completed(sys.argv[1:] if arguments is None else arguments))
     try:
         if args.command == "worker":
             worker.main(args.engine, args.case)

@@ -84,6 +84,41 @@ def test_compulsory_bytes_of_the_prologue(simulator):
     assert set(dict(reports)) == {"norm_vectors", "gather_gemm"}
 
 
+@pytest.mark.proof
+def test_proof_predicted_order_of_a_chain(simulator):
+    """A prediction from counted bytes and instructions, never a time: each fusion lowers the least time on every card."""
+    z, weight = random((4, 64, 28, 28), torch.bfloat16, 0), random((64, 64, 1, 1), torch.bfloat16, 1)
+    window = ([1, 1], [0, 0], [1, 1], 1)
+
+    def reports(run):
+        with simulator.running() as found:
+            run()
+        return [report for _, report in found]
+
+    def parts():
+        mean, var = room("bn_act").statistics(z)
+        y = room("bn_act").fwd(z, None, None, mean, var, None, False, 1e-5, True)[0]
+        room("bn_act").statistics(room("conv2d").fwd(y, weight, None, *window))
+
+    def epilogue():
+        mean, var = room("bn_act").statistics(z)
+        y = room("bn_act").fwd(z, None, None, mean, var, None, False, 1e-5, True)[0]
+        room("conv2d").forward_statistics(y, weight, None, *window)
+
+    def prologue():
+        mean, var = room("bn_act").statistics(z)
+        before = room("conv2d").prologue(None, None, mean, var, 1e-5)
+        room("conv2d").forward_statistics(z, weight, None, *window, before)
+
+    chains = [(f.__name__, reports(f)) for f in (parts, epilogue, prologue)]
+    for card in ("A100", "H100", "L4"):
+        bytes_ = {}
+        for name, found in chains:
+            predicted = [simulator.ptxsim.predict(r, gpu=card) for r in found]
+            bytes_[name] = sum(p["dram"].at_least_us for p in predicted)
+        assert bytes_["prologue"] < bytes_["epilogue"] < bytes_["parts"], (card, bytes_)
+
+
 def every_tile(bytes_, ieee=False):
     """All tiles the chooser may pick for large problems, as the problems' sizes vary."""
     found = set()

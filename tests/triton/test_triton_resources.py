@@ -60,6 +60,31 @@ def test_stem_copies_16_bytes_asynchronously():
     assert found["loads_128"] >= found["async_copies"] > 0 and found["registers"] <= 168, found
 
 
+#: Each generation's own matrix instruction, which Triton must reach from the one source.
+INSTRUCTION = {80: "mma.sync.aligned.m16n8k16", 90: "wgmma.mma_async", 100: "tcgen05.mma."}
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("target", INSTRUCTION)
+def test_proof_matrix_instructions(target):
+    """Also behind a prologue, which takes the tile through registers, and in the weight gradient, whose tile is transposed."""
+    with triton_tiles.architecture(target):
+        launches = gpu.convolution_launches(gpu.LAYERS[1], torch.bfloat16)
+    prologue = next(x for x in launches if x.name == "gather_gemm" and x.args.get("pre_scale_ptr") is not None)
+    for launch in (*only(launches, *MATRIX), prologue):
+        found = gpu.compile_for(launch, target).asm["ptx"]
+        assert INSTRUCTION[target] in found and "cp.async" in found, f"{launch.name} {gpu.tile_of(launch)}"
+
+
+def test_statistics_add_few_shuffles():
+    """The sums over a tile's rows stay in a thread (the layout of the stores): 64 shuffles, where the sums' own takes 896."""
+    with triton_tiles.architecture(100):
+        launches = gpu.convolution_launches(gpu.LAYERS[1], torch.bfloat16)
+    launch = next(x for x in launches if x.name == "gather_gemm" and x.args.get("part_ptr") is not None)
+    found = gpu.resources(gpu.compile_for(launch, 100))
+    assert found["shuffles"] <= 100 and found["spills"] == 0, found
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_proof_every_kernel_and_tile(target):
