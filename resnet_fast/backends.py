@@ -147,8 +147,8 @@ def why_not(op: str, name: str, door: str, args: tuple[Any, ...]) -> str | None:
 def has_door(module: ModuleType | None, door: str) -> bool:
     """Whether a room (None: there is none) has a door of its own: a function it defines, not one it imports."""
     found = getattr(module, door, None)
-    owner = getattr(found, "__module__", "")
-    return callable(found) and (owner == module.__name__ or not owner.startswith("resnet_fast."))
+    owner = getattr(found, "__module__", None) or ""
+    return callable(found) and (not owner.startswith("resnet_fast.") or owner == getattr(module, "__name__", None))
 
 
 def run(op: str, door: str, *args: Any) -> Any:

@@ -57,8 +57,9 @@ PYBIND11_MODULE(_cuda, m) {
         });
   m.def("bn_act_statistics", [](int device, uintptr_t stream, int dtype, uintptr_t x, uintptr_t mean, uintptr_t var,
                                 uintptr_t workspace, int64_t rows, int channels) {
-    bn_act_statistics(target(device, stream, dtype), {nullptr, ptr(x), nullptr, nullptr, nullptr, ptr<float>(mean),
-                                                      ptr<float>(var), ptr<float>(workspace), rows, channels, 0.f, false});
+    bn_act_statistics(target(device, stream, dtype),
+                      {nullptr, ptr(x), nullptr, nullptr, nullptr, ptr<float>(mean), ptr<float>(var),
+                       ptr<float>(workspace), rows, channels, 0.f, false});
   });
   m.def("bn_act_training", [](int device, uintptr_t stream, int dtype, uintptr_t y, uintptr_t x, uintptr_t residual,
                               uintptr_t gamma, uintptr_t beta, uintptr_t mean, uintptr_t var, uintptr_t workspace,
@@ -68,16 +69,15 @@ PYBIND11_MODULE(_cuda, m) {
                      ptr<float>(var), ptr<float>(workspace), rows, channels, eps, relu},
                     Passes(passes));
   });
-  m.def("bn_act_backward",
-        [](int device, uintptr_t stream, int dtype, uintptr_t dx, uintptr_t dresidual, uintptr_t dgamma,
-           uintptr_t dbeta, uintptr_t dy, uintptr_t x, uintptr_t y, uintptr_t gamma, uintptr_t beta, uintptr_t mean,
-           uintptr_t var, uintptr_t workspace, int64_t rows, int channels, float eps, bool training, bool relu,
-           bool sums_given) {
-          bn_act_backward(target(device, stream, dtype),
-                          {ptr(dx), ptr(dresidual), ptr<float>(dgamma), ptr<float>(dbeta), ptr(dy), ptr(x), ptr(y),
-                           ptr<float>(gamma), ptr<float>(beta), ptr<float>(mean), ptr<float>(var),
-                           ptr<float>(workspace), rows, channels, eps, training, relu, sums_given});
-        });
+  m.def("bn_act_backward", [](int device, uintptr_t stream, int dtype, uintptr_t dx, uintptr_t dresidual,
+                              uintptr_t dgamma, uintptr_t dbeta, uintptr_t dy, uintptr_t x, uintptr_t y,
+                              uintptr_t gamma, uintptr_t beta, uintptr_t mean, uintptr_t var, uintptr_t workspace,
+                              int64_t rows, int channels, float eps, bool training, bool relu, bool sums_given) {
+    bn_act_backward(target(device, stream, dtype),
+                    {ptr(dx), ptr(dresidual), ptr<float>(dgamma), ptr<float>(dbeta), ptr(dy), ptr(x), ptr(y),
+                     ptr<float>(gamma), ptr<float>(beta), ptr<float>(mean), ptr<float>(var), ptr<float>(workspace),
+                     rows, channels, eps, training, relu, sums_given});
+  });
   m.def("max_pool2d",
         [](int device, uintptr_t stream, int dtype, uintptr_t y, uintptr_t argmax, uintptr_t x, uintptr_t gamma,
            uintptr_t beta, uintptr_t mean, uintptr_t var, int64_t images, int height, int width, int channels,
@@ -86,10 +86,10 @@ PYBIND11_MODULE(_cuda, m) {
                      {ptr(y), ptr<uint8_t>(argmax), ptr(x), ptr<float>(gamma), ptr<float>(beta), ptr<float>(mean),
                       ptr<float>(var), images, height, width, channels, out_height, out_width, eps, window(w)});
         });
-  m.def("max_pool2d_backward", [](int device, uintptr_t stream, int dtype, uintptr_t dx, uintptr_t dy, uintptr_t argmax,
-                                  int64_t images, int height, int width, int channels, int out_height, int out_width,
-                                  const std::array<int, 8>& w) {
-    max_pool2d_backward(target(device, stream, dtype), {ptr(dx), ptr(dy), ptr<uint8_t>(argmax), images, height, width,
-                                                        channels, out_height, out_width, window(w)});
-  });
+  m.def("max_pool2d_backward",
+        [](int device, uintptr_t stream, int dtype, uintptr_t dx, uintptr_t dy, uintptr_t argmax, int64_t images,
+           int height, int width, int channels, int out_height, int out_width, const std::array<int, 8>& w) {
+          max_pool2d_backward(target(device, stream, dtype), {ptr(dx), ptr(dy), ptr<uint8_t>(argmax), images, height,
+                                                              width, channels, out_height, out_width, window(w)});
+        });
 }

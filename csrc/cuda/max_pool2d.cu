@@ -1,10 +1,11 @@
 // max_pool2d over NHWC, forward and backward, and the end of a ResNet stem: pool(relu(bn(x))) in one pass.
-// Bytes: x read once from memory (neighbouring windows meet in L1 and L2), y and one byte a place written; backward dy and
-// the places read once, dx written once (a place of 255, of a window that is zero after the ReLU, is no tap's). The fused stem neither writes nor reads the normalised activation,
-// four times the size of what it pools. Flops: R * S compares an output, with the norm about 6 more a tap.
-// A thread owns a pack of channels of one output pixel; for the 3 x 3 window all nine loads are in flight at once.
-// Backward gathers (each input pixel asks the windows that cover it), so that no atomics are needed and sums repeat bit
-// for bit. Scatter by float atomics was not tried: it cannot repeat.
+// Bytes: x read once from memory (neighbouring windows meet in L1 and L2), y and one byte a place written; backward dy
+// and the places read once, dx written once. The fused stem neither writes nor reads the normalised activation, four
+// times the size of what it pools; a window that is zero after the ReLU has the place 255, no tap's, and so gets no
+// gradient. Flops: R * S compares an output, with the norm about 6 more a tap. A thread owns a pack of channels of one
+// output pixel; for the 3 x 3 window all nine loads are in flight at once. Backward gathers (each input pixel asks the
+// windows that cover it), so that no atomics are needed and sums repeat bit for bit. Scatter by float atomics was not
+// tried: it cannot repeat.
 #include "bn_act.cuh"
 #include "launch.cuh"
 

@@ -72,6 +72,18 @@ def test_compulsory_bytes(simulator):
     assert flops <= report.counters["mma_flops"] <= 192 / 144 * flops  # 144 rows in tiles of 64
 
 
+def test_sectors_are_the_tiles(simulator):
+    """Every program reads its rows and columns once, whole sectors, and writes its tile once: no more and no less."""
+    x, weight = random((1, 64, 16, 16), torch.bfloat16, 0), random((128, 64, 1, 1), torch.bfloat16, 1)
+    with simulator.running() as reports, use(Tile(64, 64, 64, 4, 3)):
+        room("conv2d").fwd(x, weight, None, [1, 1], [0, 0], [1, 1], 1)
+    counters = dict(reports)["gather_gemm"].counters
+    programs, sector = 4 * 2, 32
+    assert counters["global_load_sectors"] == programs * (64 + 64) * 64 * 2 // sector
+    assert counters["global_store_sectors"] == 256 * 128 * 2 // sector
+    assert counters["bank_conflicts"] == 0
+
+
 def test_compulsory_bytes_of_the_prologue(simulator):
     """The norm's input is read in place of the activation, which is never written; its vectors beside it."""
     z, weight = random((1, 64, 12, 12), torch.bfloat16, 0), random((64, 64, 3, 3), torch.bfloat16, 1)
