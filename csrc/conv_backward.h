@@ -32,6 +32,7 @@ struct DgradArgs {
 // (stride_c, stride_k, -stride_r, -stride_s) from the last tap, padding R - 1 - pad.
 struct PackStridedArgs {
   ConvShape shape;       // of the convolution that will run
+  DType dtype;           // of its tensors; w is float32
   int algorithm;
   void* packed;          // conv_packed_bytes() of it
   const float* w;

@@ -51,6 +51,20 @@ struct Class {
   }
 };
 
+// kPanel words of depth from one filter's channels, or from two filters'.
+RF_INLINE void put_words(float* to, const float* w, int64_t) {
+  store(to, load(w));
+  store(to + kLanes, load(w + kLanes));
+}
+#if defined(__AVX512BF16__)
+RF_INLINE void put_words(Pair* to, const float* w, int64_t next) {
+  for (int c = 0; c < kPanel; c += kLanes) {
+    const __m512i low = _mm512_cvtepu16_epi32(narrow(load(w + c).v)), high = _mm512_cvtepu16_epi32(narrow(load(w + next + c).v));
+    _mm512_storeu_si512(to + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+#endif
+
 // The class's filters as [panel of input channels][word of (tap, k)][kPanel], zeros beyond.
 template <class Word>
 void pack_panel(const DgradArgs& a, const Class<Word>& k, int64_t panel, Word* packed) {
@@ -69,9 +83,9 @@ void pack_panel(const DgradArgs& a, const Class<Word>& k, int64_t panel, Word* p
       const float* w = a.w + k.h.tap[i] * a.stride_r + k.w.tap[j] * a.stride_s + c0 * a.stride_c;
       for (int64_t n = 0; n < s.K; ++n, ++d, w += a.stride_k) {
         Element* to = out + d / kElements * kPanel * kElements + d % kElements;
-        if (kElements == 1 && a.stride_c == 1 && cols == kPanel) {
-          store(to, load(w));
-          store(to + kLanes, load(w + kLanes));
+        if (a.stride_c == 1 && cols == kPanel && d % kElements == 0 && n + kElements <= s.K) {
+          put_words(reinterpret_cast<Word*>(to), w, a.stride_k);
+          n += kElements - 1, d += kElements - 1, w += (kElements - 1) * a.stride_k;
         } else {
           for (int c = 0; c < cols; ++c) from_float(w[c * a.stride_c], to + c * kElements);
         }

@@ -61,7 +61,7 @@ def run(
 
     def pack(algorithm: int, packed: int) -> None:
         if scale is None and native.conv_pack_strided_why_not(shape, dtype, algorithm) is None:
-            native.conv_pack_strided(shape, algorithm, packed, filters.data_ptr(), *filters.stride(), threads)
+            native.conv_pack_strided(shape, algorithm, packed, filters.data_ptr(), *filters.stride(), threads, dtype)
         else:
             dense = filters.contiguous()
             native.conv_pack(shape, dtype, algorithm, packed, dense.data_ptr(), common.address(scale), threads)
@@ -161,7 +161,7 @@ def _turned_convolution(
             stride_k, stride_c, stride_r, stride_s = filters.stride()
             last_tap = filters.data_ptr() + 4 * ((r - 1) * stride_r + (s - 1) * stride_s)
             turned = (stride_c, stride_k, -stride_r, -stride_s)
-            native.conv_pack_strided(shape, algorithm, packed, last_tap, *turned, threads)
+            native.conv_pack_strided(shape, algorithm, packed, last_tap, *turned, threads, dtype)
         else:
             grouped = filters.reshape(groups, k // groups, c, r, s).transpose(1, 2).flip(3, 4)
             dense = grouped.reshape(groups * c, k // groups, r, s).contiguous()
