@@ -30,20 +30,20 @@ class Captured:
     done: Any = None  # event after the last replay's outputs were copied
 
 
-def capture(run: Callable[[Tensor], Any], x: Tensor, pool: Any = None) -> Captured:
+def capture(run: Callable[[Tensor], Any], x: Tensor) -> Captured:
     """Record run(x) as a CUDA graph, after two runs outside it which compile, choose and allocate."""
-    static = x.detach().clone(memory_format=torch.preserve_format)
-    here = torch.cuda.current_stream(x.device)
-    side = torch.cuda.Stream(x.device)
-    side.wait_stream(here)
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run(static)
-    here.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        out = run(static)
-    return Captured(static, out, graph.replay, torch.cuda.Event())
+    with torch.cuda.device(x.device):  # a capture is of the current device's stream
+        static = x.detach().clone(memory_format=torch.preserve_format)
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run(static)
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = run(static)
+        return Captured(static, out, graph.replay, torch.cuda.Event())
 
 
 class Graphs:

@@ -17,7 +17,7 @@ def captures(monkeypatch):
     """Graphs that recompute into their own output, as a replay does; the list of shapes captured."""
     shapes = []
 
-    def capture(run, x, pool=None):
+    def capture(run, x):
         static = x.clone()
         out = run(static)
         shapes.append(tuple(x.shape))

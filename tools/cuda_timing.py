@@ -22,6 +22,8 @@ from resnet_fast.ops.add_relu import cuda as add_relu
 from resnet_fast.ops.add_relu import eager as add_relu_eager
 from resnet_fast.ops.bn_act import cuda as bn_act
 from resnet_fast.ops.bn_act import eager as bn_act_eager
+from resnet_fast.ops.bn_act_max_pool2d import cuda as stem_end
+from resnet_fast.ops.bn_act_max_pool2d import eager as stem_end_eager
 from resnet_fast.ops.max_pool2d import cuda as max_pool2d
 from resnet_fast.ops.max_pool2d import eager as max_pool2d_eager
 
@@ -88,6 +90,13 @@ def cases(batch: int, dtype: torch.dtype):
             pooled, places = max_pool2d.fwd(*pool)
             back = (torch.randn_like(pooled), places, 112, 112, *window)
             yield "max_pool2d backward", shape, moved, *both(max_pool2d, max_pool2d_eager, "bwd", *back)
+            norm = (gamma, beta, mean, var)
+            stem = (x, *norm, 1e-5, *window, [56, 56], True)
+            yield "bn_act_max_pool2d", shape, moved, *both(stem_end, stem_end_eager, "fwd", *stem)
+            pooled, places = stem_end.fwd(*stem)
+            back = (torch.randn_like(pooled), places, x, *norm, True, 1e-5, *window, [True] * 3)
+            moved += 5 * t  # the pool's gather writes the map's gradient, bn_act's two passes read it and x, and write dx
+            yield "bn_act_max_pool2d backward", shape, moved, *both(stem_end, stem_end_eager, "bwd", *back)
 
 
 def main() -> int:
