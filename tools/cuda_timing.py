@@ -95,7 +95,9 @@ def cases(batch: int, dtype: torch.dtype):
             yield "bn_act_max_pool2d", shape, moved, *both(stem_end, stem_end_eager, "fwd", *stem)
             pooled, places = stem_end.fwd(*stem)
             back = (torch.randn_like(pooled), places, x, *norm, True, 1e-5, *window, [True] * 3)
-            moved += 5 * t  # the pool's gather writes the map's gradient, bn_act's two passes read it and x, and write dx
+            moved += (
+                5 * t
+            )  # the pool's gather writes the map's gradient, bn_act's two passes read it and x, and write dx
             yield "bn_act_max_pool2d backward", shape, moved, *both(stem_end, stem_end_eager, "bwd", *back)
 
 
