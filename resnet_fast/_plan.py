@@ -50,8 +50,11 @@ class FoldedConv:
         pointwise = torch.ops.mkldnn._convolution_pointwise
         place = (self.packed, self.bias, padding, stride, dilation, groups)
         if residual is None:
-            return pointwise(x, *place, self.act or "none", [], "")
-        return pointwise.binary(x, common.channels_last(residual), *place, "add", 1.0, self.act, [], "")
+            y = pointwise(x, *place, "none", [], "")
+        else:
+            y = pointwise.binary(x, common.channels_last(residual), *place, "add", 1.0, None, [], "")
+        # Not as oneDNN's epilogue, which turns NaN into 0; in place, while y is still near.
+        return y.relu_() if self.act == "relu" else y
 
 
 def fold(conv: nn.Conv2d | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

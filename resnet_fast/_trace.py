@@ -105,6 +105,10 @@ class _Fuser:
         module = self.module(node)
         return module is not None and fused.why_not_plain(module, kind) is None
 
+    def is_norm(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        return module is not None and fused.why_not_norm(module) is None
+
     def is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_function":
             return node.target in _RELUS
@@ -138,7 +142,7 @@ class _Fuser:
     def program(self, state: dict[str, Any]) -> Program:
         # Backwards: of two norms that meet in an addition the later one takes it, the earlier one is its residual.
         for node in reversed(self.nodes):
-            if self.plain(node, nn.BatchNorm2d):
+            if self.is_norm(node):
                 self.norm(node)
         for node in self.nodes:
             if node not in self.inside and self.is_add(node):

@@ -7,5 +7,15 @@ from resnet_fast.ops.bn_act_max_pool2d.op import bn_act_max_pool2d
 from resnet_fast.ops.conv2d.op import conv2d
 from resnet_fast.ops.conv_bn_act.op import conv_bn_act
 from resnet_fast.ops.max_pool2d.op import max_pool2d
+from resnet_fast.ops.recomputed_conv_bn_act.op import recomputed_conv_bn_act
 
-__all__ = ["add_relu", "bn_act", "bn_act_conv2d", "bn_act_max_pool2d", "conv2d", "conv_bn_act", "max_pool2d"]
+__all__ = [
+    "add_relu",
+    "bn_act",
+    "bn_act_conv2d",
+    "bn_act_max_pool2d",
+    "conv2d",
+    "conv_bn_act",
+    "max_pool2d",
+    "recomputed_conv_bn_act",
+]

@@ -10,7 +10,7 @@ import zlib
 import pytest
 import torch
 
-from resnet_fast import _choices
+from resnet_fast import _choices, backends
 from resnet_fast.testing import rooms
 
 _folder = tempfile.TemporaryDirectory(prefix="resnet_fast-tests-")
@@ -72,6 +72,22 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def exact_convolutions():
+    """The general law is for direct convolutions; Winograd's own bound is tested with the kernels."""
+    with backends.exact():
+        yield
+
+
+@pytest.fixture
+def small():
+    """torchvision's resnet18 with norms that are not trivial."""
+    from tests.model_law import realistic
+
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    return realistic(torchvision.models.resnet18(num_classes=10))
 
 
 def pytest_generate_tests(metafunc):

@@ -9,49 +9,12 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 import resnet_fast
-from tests.model_law import realistic, same_dataflow, same_evaluation, same_numerics, same_training
+from tests.converted import CHAINS, fused, note, run, torchvision
+from tests.model_law import same_dataflow, same_evaluation, same_numerics
 
-torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
-
-TORCHVISION = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
-    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
-)  # fmt: skip
-TIMM = ("resnet18", "resnet34", "resnet50", "resnet26d", "resnet50d", "resnext50_32x4d")
-#: chains a converted model must run fused: convolutions with their norms, and the stem's pooling
-CHAINS = {"resnet18": 21, "resnet34": 37, "resnet50": 54, "resnet101": 105, "resnet152": 156}
-
-
-def fused(model: nn.Module) -> nn.Module:
-    model = resnet_fast.convert(model)
-    assert resnet_fast.explain(model).fused > 0
-    return model
-
-
-@pytest.fixture(autouse=True)
-def exact_convolutions():
-    """The general law is for direct convolutions; Winograd's own bound is tested with the kernels."""
-    with resnet_fast.exact():
-        yield
-
-
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision_trains_as_eager(name):
-    same_training(lambda: getattr(torchvision.models, name)(), fused, size=64)
-
-
-@pytest.mark.parametrize("name", TIMM)
-def test_timm_trains_as_eager(name):
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    same_training(lambda: timm.create_model(name), fused, size=64)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_autocast_trains_as_eager(name):
-    same_training(lambda: getattr(torchvision.models, name)(), fused, size=64, steps=1, autocast=True)
+pytestmark = pytest.mark.usefixtures("exact_convolutions")
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -59,16 +22,6 @@ def test_every_chain_is_fused(name):
     report = resnet_fast.explain(resnet_fast.convert(getattr(torchvision.models, name)()))
     assert report.fused == CHAINS[name]
     assert not any(row.note for row in report.rows)
-
-
-@pytest.fixture
-def small():
-    return realistic(torchvision.models.resnet18(num_classes=10))
-
-
-def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x)
 
 
 def test_keeps_parameters_keys_class_and_mode(small):
@@ -145,249 +98,16 @@ def test_a_new_head_is_used(small):
     assert run(model.eval(), torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
 
-def note(model: nn.Module, name: str) -> str:
-    return next(row.note for row in resnet_fast.explain(model).rows if row.name == name)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_hooks_on_inner_modules_run(small, when):
-    seen: list[torch.Size] = []
-    if when == "before":
-        small.layer1[0].conv2.register_forward_hook(lambda m, i, o: seen.append(o.shape))
-    model = resnet_fast.convert(small.eval())
-    if when == "after":
-        model.layer1[0].conv2.register_forward_hook(lambda m, i, o: seen.append(o.shape))
-    x = torch.randn(2, 3, 64, 64)
-    run(model, x)
-    assert seen == [(2, 64, 16, 16)]
-    assert "hooks" in note(model, "layer1.0")
-    assert resnet_fast.explain(model).fused >= CHAINS["resnet18"] - 3
-
-
-def test_backward_hooks_and_global_hooks_run(small):
-    model, x, seen = resnet_fast.convert(small), torch.randn(2, 3, 64, 64), []
-    model.layer1[0].conv2.register_full_backward_hook(lambda m, gi, go: seen.append("backward"))
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda m, i, o: seen.append("global") if isinstance(m, nn.Conv2d) else None
-    )
-    try:
-        model(x).sum().backward()
-    finally:
-        handle.remove()
-    assert "backward" in seen
-    assert seen.count("global") == 20  # every convolution's forward ran
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_sync_batchnorm(small, when):
-    plain = copy.deepcopy(small).eval()
-    if when == "before":
-        model = resnet_fast.convert(nn.SyncBatchNorm.convert_sync_batchnorm(small))
-    else:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(resnet_fast.convert(small))
-    assert sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules()) == 20
-    same_evaluation(plain, model.eval(), torch.randn(2, 3, 64, 64))
-
-
-def test_parametrised_and_pruned_convolutions(small):
-    nn.utils.parametrizations.spectral_norm(small.layer1[0].conv1)
-    prune.random_unstructured(small.layer2[0].conv2, "weight", amount=0.5)
-    nn.utils.parametrizations.weight_norm(small.layer3[0].conv1)
-    x = torch.randn(2, 3, 64, 64)
-    want = run(small.eval(), x)
-    model = resnet_fast.convert(small)
-    assert note(model, "layer1.0") and note(model, "layer2.0") and note(model, "layer3.0")
-    torch.testing.assert_close(run(model, x), want, rtol=1e-4, atol=1e-4)
-
-
-class Odd(nn.Module):
-    """Patterns that must not be fused as they look."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
-        self.bn1, self.bn2, self.shared = (nn.BatchNorm2d(8) for _ in range(3))
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        a = self.conv1(x)
-        b = self.relu(self.bn1(a)) + a.mean()  # a is used without its norm
-        c = self.relu(self.bn2(b))  # pre-activation: no convolution before it
-        d = self.shared(self.conv2(c)) + self.shared(self.conv3(c))  # one norm, two convolutions
-        return self.relu(d) + b
-
-
-def test_what_only_looks_like_a_chain():
-    model = realistic(Odd())
-    converted = fused(copy.deepcopy(model))
-    assert "also used" in note(converted, "") and "more than once" in note(converted, "")
-    x = torch.randn(4, 8, 9, 9)
-    for training in (True, False):
-        ours, plain = converted.train(training), model.train(training)
-        torch.testing.assert_close(run(ours, x), run(plain, x))
-    for a, b in zip(converted.buffers(), model.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = resnet_fast.nn.BasicBlock(8, 8)
-
-    def forward(self, x):
-        return self.block(self.block(x))
-
-
-def test_a_block_called_twice():
-    model = realistic(Twice())
-    with resnet_fast.use_backend("eager"):
-        plain = copy.deepcopy(model)
-    converted, x = resnet_fast.convert(model), torch.randn(4, 8, 9, 9)
-    out = run(converted.train(), x)
-    with resnet_fast.use_backend("eager"):
-        torch.testing.assert_close(out, run(plain.train(), x))
-    assert int(converted.block.bn1.num_batches_tracked) == 2
-
-
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-
-    def forward(self, x):
-        return self.body(x) if x.sum() > 0 else x
-
-
-def test_a_forward_that_cannot_be_traced_keeps_its_parts_fused():
-    model = resnet_fast.convert(Branches())
-    assert "cannot trace" in note(model, "")
-    assert next(row for row in resnet_fast.explain(model).rows if row.name == "body").fused == 1
-
-
-def test_changed_settings_are_followed():
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    model = resnet_fast.convert(timm.create_model("resnet18", num_classes=10, drop_rate=0.0)).train()
-    x = torch.randn(2, 3, 64, 64)
-    model.set_grad_checkpointing(True)
-    assert "changed" in note(model, "")
-    model(x).sum().backward()
-    model.set_grad_checkpointing(False)
-    assert note(model, "") == ""
-    assert model.eval().forward_features(x).shape == (2, 512, 2, 2)
-
-
-@pytest.mark.parametrize("change", ["momentum None", "no tracking", "toggled tracking", "no affine", "no bias"])
-def test_norms_of_every_kind(change):
-    def norm(old: nn.BatchNorm2d) -> nn.BatchNorm2d:
-        settings = {
-            "momentum None": {"momentum": None},
-            "no tracking": {"track_running_stats": False},
-            "no affine": {"affine": False},
-        }
-        new = nn.BatchNorm2d(old.num_features, **settings.get(change, {}))
-        if change == "toggled tracking":
-            new.track_running_stats = False
-        if change == "no bias":
-            new.bias = None
-        return new
-
-    plain = torchvision.models.resnet18(num_classes=4)
-    for part in list(plain.modules()):
-        for name, child in part.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(part, name, norm(child))
-    same_training(lambda: copy.deepcopy(plain), fused, size=64, steps=2, classes=4)
-
-
-def test_frozen_norms(small):
-    """Evaluation statistics under training weights, as detectors fine-tune."""
-
-    def freeze_norms(m: nn.Module) -> nn.Module:
-        for part in m.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                part.eval()
-        return m
-
-    freeze_norms(small.train())
-    before = copy.deepcopy(small.bn1.state_dict())
-    same_dataflow(small, fused, 64, 4, 2, 10)
-    same_numerics(small, fused, 64, 4, 10)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), small.bn1.state_dict().values(), strict=True))
-
-
-@pytest.mark.parametrize("trained", [("fc",), ("layer4", "fc"), ("bn1", "layer2.0.bn2"), ("conv1",)])
-def test_subsets_of_parameters(small, trained):
-    for name, p in small.named_parameters():
-        p.requires_grad_(name.startswith(trained))
-    plain, model = copy.deepcopy(small).double(), resnet_fast.convert(small.double())
-    x = torch.randn(4, 3, 64, 64).double()
-    for m in (plain, model):
-        m(x).square().mean().backward()
-    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None), name
-        if a.grad is not None:
-            assert (a.grad - b.grad).norm() <= 1e-9 * b.grad.norm(), name
-
-
-def test_input_gradient_and_layouts(small):
-    plain, model = copy.deepcopy(small).eval(), resnet_fast.convert(small.eval())
-    for x in (torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)):
-        grads = []
-        for m in (plain, model):
-            leaf = x.clone().requires_grad_()
-            m(leaf).sum().backward()
-            grads.append(leaf.grad)
-        assert grads[1].stride() == grads[0].stride()
-        torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3 * float(grads[0].abs().max()))
-
-
-def test_no_leak_and_repeatable(small):
-    model, x = resnet_fast.convert(small), torch.randn(2, 3, 64, 64)
-
-    def step():
-        state = copy.deepcopy(model.state_dict())
-        model.zero_grad()
-        model(x).square().mean().backward()
-        grads = [p.grad.clone() for p in model.parameters()]
-        model.load_state_dict(state)
-        return grads
-
-    first = step()
-    for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
-
-
-def test_double_backward(small):
-    model, plain = resnet_fast.convert(copy.deepcopy(small).double()), small.double()
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
-    norms = []
-    for m in (model, plain):
-        loss = m(x).square().mean()
-        grads = torch.autograd.grad(loss, list(m.parameters()), create_graph=True)
-        penalty = sum(g.square().sum() for g in grads)
-        norms.append(torch.autograd.grad(penalty, m.conv1.weight)[0])
-    assert (norms[0] - norms[1]).norm() <= 1e-8 * norms[1].norm()  # a second derivative of batch statistics
-
-
 def test_compiles_whole(small):
-    model, x = resnet_fast.convert(small), torch.randn(2, 3, 64, 64)
-    want = [g.clone() for g in torch.autograd.grad(model(x).square().mean(), list(model.parameters()))]
+    def compiled(model):
+        model = fused(model)
+        model.compile(fullgraph=True, backend="aot_eager")
+        return model
+
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(x).square().mean(), list(model.parameters()))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-6))
-
-
-def test_checkpointing(small):
-    from torch.utils.checkpoint import checkpoint
-
-    model, x = resnet_fast.convert(small), torch.randn(2, 64, 16, 16, requires_grad=True)
-    block, plain = model.layer1[0].eval(), resnet_fast.restore(copy.deepcopy(model.layer1[0])).eval()
-    checkpoint(block, x, use_reentrant=False).square().sum().backward()
-    grad, x.grad = x.grad, None
-    plain(x).square().sum().backward()
-    torch.testing.assert_close(grad, x.grad, rtol=1e-4, atol=1e-4)
+    same_numerics(small, compiled, 64, 2, 10)
+    torch._dynamo.reset()
+    same_dataflow(small, compiled, 64, 2, 1, 10)
 
 
 def test_explain_leaves_the_model_alone(small):

@@ -227,7 +227,7 @@ def test_public_type_hints(name):
 
 def test_public_names():
     """Pinned: users import these."""
-    names = "add_relu bn_act bn_act_conv2d bn_act_max_pool2d conv2d conv_bn_act max_pool2d"
+    names = "add_relu bn_act bn_act_conv2d bn_act_max_pool2d conv2d conv_bn_act max_pool2d recomputed_conv_bn_act"
     assert set(functional.__all__) == set(names.split())
     wanted = {"convert", "exact", "explain", "freeze", "functional", "nn", "restore", "tune", "use_backend"}
     assert wanted <= set(resnet_fast.__all__)
@@ -256,6 +256,7 @@ def test_public_parameters():
         "conv_bn_act": "x weight bias running_mean running_var bn_weight bn_bias residual training momentum eps act "
         "stride padding dilation groups group",
         "max_pool2d": "x kernel_size stride padding dilation ceil_mode",
+        "recomputed_conv_bn_act": "x weight bias bn residual act stride padding dilation groups before pool",
     }
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(functional, name)).parameters) == parameters.split()

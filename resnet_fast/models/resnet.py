@@ -98,7 +98,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, 3, H, W)."""
-        x = fused.max_pool(fused.conv_bn_act(x, self.conv1, self.bn1), self.maxpool)
+        x = fused.stem(x, [(self.conv1, self.bn1)], self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

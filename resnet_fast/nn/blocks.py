@@ -34,6 +34,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion = 1
+    memory = "default"  #: what is kept for backward; `convert(model, memory=...)` sets it
 
     def __init__(
         self,
@@ -63,7 +64,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
         shortcut = project(x, self.downsample)
-        return fused.chain(x, [(self.conv1, self.bn1), (self.conv2, self.bn2)], shortcut)
+        links = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+        return fused.chain(x, links, shortcut, lean=self.memory == "lean")
 
 
 class Bottleneck(nn.Module):
@@ -80,6 +82,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion = 4
+    memory = "default"  #: what is kept for backward; `convert(model, memory=...)` sets it
 
     def __init__(
         self,
@@ -109,7 +112,7 @@ class Bottleneck(nn.Module):
         """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))."""
         shortcut = project(x, self.downsample)
         links = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return fused.chain(x, links, shortcut)
+        return fused.chain(x, links, shortcut, lean=self.memory == "lean")
 
 
 def project(x: Tensor, downsample: nn.Module | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch.fx import Proxy
 from torch.nn.modules import module as global_hooks
 
 from resnet_fast import backends, functional
+from resnet_fast.ops.recomputed_conv_bn_act.op import Norm, Pool
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -57,21 +58,40 @@ def conv_bn_act(
     )  # fmt: skip
 
 
+#: With memory "lean" a convolution is computed again in backward where an output value takes at most so many
+#: multiplications and additions: 1x1 convolutions and the stem. A 3x3 one takes 576 and more: too much time for its bytes.
+RECOMPUTE_DEPTH = 512
+
+Links = Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]
+
+
+def recomputes(conv: nn.Module) -> bool:
+    """Whether `memory="lean"` computes this convolution again in backward, at the end of a block or stem."""
+    return type(conv) is nn.Conv2d and conv.weight[0].numel() <= RECOMPUTE_DEPTH
+
+
 def chain(
-    x: Tensor,
-    links: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]],
-    residual: Tensor | None = None,
-    act: str | None = "relu",
+    x: Tensor, links: Links, residual: Tensor | None = None, act: str | None = "relu", lean: bool = False
 ) -> Tensor:
     """A block's main path: every link a convolution and its norm, ReLU between links; act(... + residual) at the end.
 
-    With gradients the activations between the links are not kept but computed again in backward.
+    With gradients the activations between the links are not kept but computed again in backward, with `lean` also the
+    last convolution's output where that `recomputes`.
     """
     plain = isinstance(x, Proxy) or any(why_not_fused(conv, bn) or isinstance(conv.padding, str) for conv, bn in links)
-    if plain or len(links) == 1 or not torch.is_grad_enabled():
+    again = lean and not plain and recomputes(links[-1][0])
+    if plain or not torch.is_grad_enabled() or (len(links) == 1 and not again):
         for conv, bn in links[:-1]:
             x = conv_bn_act(x, conv, bn)
         return conv_bn_act(x, *links[-1], residual, act)
+    if again:
+        return _recomputed(x, links, residual, act)
+    z, bn = _inner(x, links)
+    return bn_act(z, bn, residual, act)
+
+
+def _inner(x: Tensor, links: Links) -> tuple[Tensor, nn.BatchNorm2d]:
+    """The last link's convolution output, and the norm that follows."""
     conv, bn = links[0]
     with backends.normalised_next(bn.training):
         z = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -83,7 +103,30 @@ def chain(
                 conv.stride, conv.padding, conv.dilation, conv.groups, _group(bn),
             )  # fmt: skip
         bn = following
-    return bn_act(z, bn, residual, act)
+    return z, bn
+
+
+def _recomputed(
+    x: Tensor, links: Links, residual: Tensor | None, act: str | None, pool: nn.MaxPool2d | None = None
+) -> Tensor:
+    """The chain whose last convolution is computed again in backward, and the pool behind it."""
+    before = None
+    if len(links) > 1:
+        x, bn = _inner(x, links[:-1])
+        before = _norm(bn)
+    conv, bn = links[-1]
+    window = None
+    if pool is not None:
+        window = Pool(pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+    return functional.recomputed_conv_bn_act(
+        x, conv.weight, conv.bias, _norm(bn), residual, act, conv.stride, conv.padding, conv.dilation, conv.groups,
+        before, window,
+    )  # fmt: skip
+
+
+def _norm(bn: nn.BatchNorm2d) -> Norm:
+    mean, var, training, momentum = _statistics(bn)
+    return Norm(mean, var, bn.weight, bn.bias, training, momentum, bn.eps, _group(bn))
 
 
 def bn_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: str | None = "relu") -> Tensor:
@@ -94,12 +137,16 @@ def bn_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: s
     return functional.bn_act(x, mean, var, bn.weight, bn.bias, residual, training, momentum, bn.eps, act, _group(bn))
 
 
-def stem(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> Tensor:
-    """pool(relu(bn(conv(x)))); with gradients the map between ReLU and pool is never written."""
-    if not torch.is_grad_enabled() or isinstance(x, Proxy) or why_not_stem(conv, bn, pool) is not None or x.dim() != 4:
-        return max_pool(conv_bn_act(x, conv, bn), pool)
-    with backends.normalised_next(bn.training):
-        z = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+def stem(x: Tensor, links: Links, pool: nn.MaxPool2d, lean: bool = False) -> Tensor:
+    """pool(relu(bn(conv(x)))), perhaps behind other links; with gradients the map before the pool is never written.
+
+    With `lean` the last convolution's output is computed again in backward where that `recomputes`.
+    """
+    if not torch.is_grad_enabled() or isinstance(x, Proxy) or x.dim() != 4 or why_not_stem(links, pool) is not None:
+        return max_pool(chain(x, links), pool)
+    if lean and recomputes(links[-1][0]):
+        return _recomputed(x, links, None, "relu", pool)
+    z, bn = _inner(x, links)
     mean, var, training, momentum = _statistics(bn)
     return functional.bn_act_max_pool2d(
         z, mean, var, bn.weight, bn.bias, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode,
@@ -107,15 +154,17 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> 
     )  # fmt: skip
 
 
-def why_not_stem(conv: nn.Module, bn: nn.Module, pool: nn.Module) -> str | None:
-    """Why a convolution, its norm, a ReLU and a pool cannot be fused, None when they can."""
-    reason = why_not_fused(conv, bn) or why_not_plain(pool, nn.MaxPool2d)
-    if reason is None and pool.return_indices:
+def why_not_stem(links: Links, pool: nn.Module) -> str | None:
+    """Why convolutions with norms and ReLUs and a pool behind them cannot be fused, None when they can."""
+    reasons = [why_not_fused(conv, bn) for conv, bn in links]
+    reasons += ["padding by name is not fused" for conv, _ in links if isinstance(conv.padding, str)]
+    reason = next((r for r in reasons if r is not None), None) or why_not_plain(pool, nn.MaxPool2d)
+    if reason is not None:
+        return reason
+    if pool.return_indices:
         return "the pool returns indices"
-    kernel = (pool.kernel_size,) * 2 if reason is None and isinstance(pool.kernel_size, int) else pool.kernel_size
-    if reason is None and kernel[0] * kernel[-1] > 254:
-        return "the pool's window has more than 254 places"
-    return reason
+    kernel = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
+    return "the pool's window has more than 254 places" if kernel[0] * kernel[-1] > 254 else None
 
 
 def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor:

@@ -61,18 +61,39 @@ class Chain:
 
     links: list[ConvBNAct]
     out: Ref
+    #: whether the last convolution's output may be computed again in backward instead of kept
+    lean: bool = False
 
     def run(self, root: nn.Module, values: list[Any]) -> Tensor:
         """Run on the module's own parameters."""
         last = self.links[-1]
         residual = None if last.residual is None else values[last.residual]
         pairs = [(resolve(root, link.conv), resolve(root, link.bn)) for link in self.links]
-        return fused.chain(values[self.links[0].x], pairs, residual, last.act)
+        return fused.chain(values[self.links[0].x], pairs, residual, last.act, self.lean)
 
     def reads(self) -> list[Ref]:
         """The values this step uses."""
         last = self.links[-1].residual
         return [self.links[0].x] if last is None else [self.links[0].x, last]
+
+
+@dataclass
+class Stem:
+    """ConvBNAct links in a row and the max pool behind them, whose input nothing else reads."""
+
+    links: list[ConvBNAct]
+    pool: Path
+    out: Ref
+    lean: bool = False
+
+    def run(self, root: nn.Module, values: list[Any]) -> Tensor:
+        """Run on the module's own parameters."""
+        pairs = [(resolve(root, link.conv), resolve(root, link.bn)) for link in self.links]
+        return fused.stem(values[self.links[0].x], pairs, resolve(root, self.pool), self.lean)
+
+    def reads(self) -> list[Ref]:
+        """The values this step uses."""
+        return [self.links[0].x]
 
 
 @dataclass
@@ -141,16 +162,21 @@ class Call:
         return found
 
 
-Step = ConvBNAct | Chain | AddReLU | MaxPool | Call
+Step = ConvBNAct | Chain | Stem | AddReLU | MaxPool | Call
 
 
 def chained(steps: list[Step], output: Any) -> list[Step]:
-    """Join convolutions with norms that follow each other and are read by nothing else."""
+    """Join convolutions with norms that follow each other and are read by nothing else, and the pool behind them."""
     readers = Counter(ref for step in steps for ref in step.reads())
     _visit(output, lambda ref: readers.update([ref]))
     joined: dict[Ref, list[ConvBNAct]] = {}  # a chain that may go on, by the value it ends in
     place: list[Step | None] = list(steps)
     for i, step in enumerate(steps):
+        if isinstance(step, MaxPool) and step.x in joined:
+            links = joined.pop(step.x)
+            for link in links:
+                place[steps.index(link)] = None
+            place[i] = Stem(links, step.pool, step.out)
         if not isinstance(step, ConvBNAct) or step.conv is None:
             continue
         links = [*joined.pop(step.x, []), step]
@@ -164,7 +190,14 @@ def chained(steps: list[Step], output: Any) -> list[Step]:
 
 def fused_count(steps: list[Step]) -> int:
     """How many of a program's steps run fused, every link of a chain counted."""
-    return sum(len(s.links) if isinstance(s, Chain) else not isinstance(s, Call) for s in steps)
+    counts = {Chain: lambda s: len(s.links), Stem: lambda s: len(s.links) + 1, Call: lambda s: 0}
+    return sum(counts.get(type(step), lambda s: 1)(step) for step in steps)
+
+
+def recomputed_count(root: nn.Module, steps: list[Step]) -> int:
+    """How many convolutions of a program are computed again in backward."""
+    lean = [step for step in steps if isinstance(step, Chain | Stem) and step.lean]
+    return sum(fused.recomputes(resolve(root, step.links[-1].conv)) for step in lean)
 
 
 def _fill(data: Any, values: list[Any]) -> Any:
@@ -224,7 +257,9 @@ class Program:
         if settings(root) != self.settings:
             return "its attributes changed since convert()"
         for path, kind in self.bypassed:
-            reason = fused.why_not_plain(resolve(root, path), kind)
+            module = resolve(root, path)
+            norm = kind in (nn.BatchNorm2d, nn.SyncBatchNorm)  # either for the other: the computation is the same
+            reason = fused.why_not_norm(module) if norm else fused.why_not_plain(module, kind)
             if reason is not None:
                 return f"{'.'.join(path)}: {reason}"
         for path, kind, children in self.containers:

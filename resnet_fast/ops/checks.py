@@ -86,15 +86,16 @@ def update_running(
     mean: Tensor,
     var: Tensor,
     momentum: float,
-    x: Tensor,
+    shape: torch.Size | tuple[int, ...],
     count: Tensor | None = None,
 ) -> None:
     """Move the running statistics by the batch's as torch does: the variance unbiased, nothing on an empty batch.
 
     Args:
-        count: the values behind mean and var where several processes share them (else None or empty: x's own).
+        shape: of the normalised tensor.
+        count: the values behind mean and var where several processes share them (else None or empty: this shape's).
     """
-    n = x.shape[0] * x.shape[2] * x.shape[3]
+    n = shape[0] * shape[2] * shape[3]
     if count is not None and count.numel():
         if running_mean is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)

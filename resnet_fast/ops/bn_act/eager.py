@@ -46,7 +46,9 @@ def fwd(
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel (of an empty batch: zeros)."""
-    return fwd(x, None, None, None, None, None, True, 1.0, False)[1:]
+    _, mean, var = fwd(x, None, None, None, None, None, True, 1.0, False)
+    # One value (the others are in other processes): torch's variance is unbiased, 0 / 0 there.
+    return mean, var.zero_() if x.numel() == x.shape[1] else var
 
 
 def dx(

@@ -49,12 +49,12 @@ def bn_act(
     if training and group is not None:
         given = (x, weight, bias, residual, eps, act == "relu", checks.group_name(group))
         y, mean, var, count = _synchronised(*given)
-        checks.update_running(running_mean, running_var, mean, var, momentum, x, count)
+        checks.update_running(running_mean, running_var, mean, var, momentum, x.shape, count)
         return y
     statistics = (None, None) if training else (running_mean, running_var)
     y, mean, var = _forward(x, weight, bias, *statistics, residual, training, eps, act == "relu")
     if training:
-        checks.update_running(running_mean, running_var, mean, var, momentum, x)
+        checks.update_running(running_mean, running_var, mean, var, momentum, x.shape)
     return y
 
 

@@ -58,7 +58,7 @@ def bn_act_conv2d(
     tensors = (z, bn_weight, bn_bias, *statistics, weight, bias)
     out, mean, var, count = _forward(*tensors, training, eps, *window, checks.group_name(group))
     if training:
-        checks.update_running(running_mean, running_var, mean, var, momentum, z, count)
+        checks.update_running(running_mean, running_var, mean, var, momentum, z.shape, count)
     return out
 
 

@@ -57,7 +57,7 @@ def bn_act_max_pool2d(
         x, weight, bias, *statistics, training, eps, *window, save, checks.group_name(group)
     )
     if training:
-        checks.update_running(running_mean, running_var, mean, var, momentum, x, count)
+        checks.update_running(running_mean, running_var, mean, var, momentum, x.shape, count)
     return y
 
 
