@@ -262,3 +262,22 @@ def test_a_trained_model_keeps_its_predictions():
         sure = margin[:, 0] - margin[:, 1] > 0.1
         assert sure.float().mean() > 0.8
         assert torch.equal(out.argmax(1)[sure], logits.argmax(1)[sure])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("act", ["relu", None])
+def test_folded_convolutions_keep_nan(dtype, act):
+    """oneDNN's own ReLU turns NaN into 0; a frozen model run operator by operator must not."""
+    from resnet_fast._plan import FoldedConv
+
+    conv, bn = nn.Conv2d(8, 16, 3, padding=1), realistic(nn.BatchNorm2d(16)).eval()
+    folded = FoldedConv(conv, bn, act, dtype)
+    x, residual = torch.randn(2, 8, 6, 6).to(dtype), torch.randn(2, 16, 6, 6).to(dtype)
+    x[0, 3, 2, 2], residual[1, 5, 4, 4] = float("nan"), float("nan")
+    for rest in (None, residual):
+        with torch.no_grad():
+            want = bn(conv(x.float()))
+            want = want if rest is None else want + rest.float()
+            want = torch.relu(want) if act else want
+            got = folded(x, None if rest is None else rest.clone())
+        assert want.isnan().any() and torch.equal(got.isnan(), want.isnan())
