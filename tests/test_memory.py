@@ -54,7 +54,9 @@ def test_under_autocast_too():
     for model in (plain, *(resnet_fast.convert(copy.deepcopy(plain), memory=m) for m in ("default", "lean"))):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             kept.append(saved_bytes(model, x))
-    assert kept[1] <= 0.8 * kept[0] and kept[2] <= 0.6 * kept[0]
+    cast = sum(2 * p.numel() for p in plain.parameters() if p.dim() > 1)  # every engine's bfloat16 weights
+    eager, default, lean = (k - cast for k in kept)
+    assert default <= 0.8 * eager and lean <= 0.6 * eager
 
 
 def test_native_blocks_follow_memory():
@@ -93,20 +95,10 @@ def test_peak_of_a_process():
     root = Path(resnet_fast.__file__).parents[1]
     if not (root / "benchmarks").exists():
         pytest.skip("an installed package has no benchmarks beside it")
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.memory",
-        "--model",
-        "resnet50",
-        "--batch",
-        "4",
-        "--size",
-        "128",
-        "--peak",
-    ]
+    command = [sys.executable, "-m", "benchmarks.memory", "--model", "resnet18", "--batch", "8"]
+    command += ["--size", "112", "--peak"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     peaks = dict(line.split() for line in done.stdout.splitlines())
     eager, default, lean = (float(peaks[engine]) for engine in ("eager", "default", "lean"))
-    assert default <= 0.95 * eager and lean <= 0.85 * eager, peaks
+    assert default <= 0.9 * eager and lean <= 0.8 * eager, peaks
