@@ -97,7 +97,7 @@ def same_training(
     change: Callable[[nn.Module], nn.Module],
     size: int,
     batch: int = 4,
-    steps: int = 5,
+    steps: int = 2,
     classes: int = 1000,
     autocast: bool = False,
     numeric_steps: int = 1,

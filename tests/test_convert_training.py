@@ -44,12 +44,19 @@ def test_five_steps_by_the_law(autocast, memory):
     same_numerics(model, lambda m: resnet_fast.convert(m, memory=memory), 64, 4, 10, autocast, steps=5)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_five_steps_in_float64(name):
+    same_dataflow(realistic(getattr(torchvision.models, name)(num_classes=10)).train(), fused, 64, 2, 5, 10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_five_steps_of_every_network(name, autocast):
     model = realistic(getattr(torchvision.models, name)(num_classes=10)).train()
     same_numerics(model, fused, 64, 4, 10, autocast, steps=5)
+    if not autocast:
+        same_dataflow(model, fused, 64, 4, 5, 10)
 
 
 def test_lean_trains_as_eager():
