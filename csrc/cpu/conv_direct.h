@@ -207,11 +207,13 @@ void direct_gather(const ConvShape& s, const DirectPlan& p, const T* x, int64_t 
 
 // Panels [from, to) of one group over the gathered rows.
 template <class T, class Word>
-void direct_multiply(const ConvArgs& a, const DirectPlan& p, int64_t group, int64_t begin, int64_t end, int64_t from, int64_t to, const Word* block) {
+void direct_multiply(const ConvArgs& a, const DirectPlan& p, int64_t group, int64_t begin, int64_t end, int64_t from, int64_t to, const Word* block, Ahead& ahead) {
   const TileRows tiles(end - begin);
   const ConvShape& s = a.shape;
+  ahead.weights_step = Ahead::step(p.words * kPanel * int64_t(sizeof(Word)), tiles.tiles * p.words);
   for (int64_t panel = from; panel < to; ++panel) {
     const Word* weights = static_cast<const Word*>(a.packed) + (group * p.panels + panel) * p.words * kPanel;
+    ahead.weights = reinterpret_cast<const char*>(weights + (panel + 1 < to ? p.words * kPanel : (from - panel) * p.words * kPanel));
     const int64_t k = group * p.cols + panel * kPanel;
     Epilogue<T> e;
     e.scale = a.scale ? a.scale + k : nullptr;
@@ -224,9 +226,24 @@ void direct_multiply(const ConvArgs& a, const DirectPlan& p, int64_t group, int6
       const int64_t at = (begin + first) * s.K + k;
       e.y = static_cast<T*>(a.y) + at;
       e.residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
-      kConvTiles<Word, T>.at[height](block + first * p.words, weights, p.chunks, e);
+      kConvTiles<Word, T>.at[height](block + first * p.words, weights, p.chunks, e, ahead);
     }
   }
+}
+
+// The input that rows [begin, end) are the first to read: what lies under their filter's last row.
+template <class Word, class T>
+Ahead direct_ahead(const ConvShape& s, const DirectPlan& p, const T* x, int64_t begin, int64_t end) {
+  Ahead ahead;
+  if (begin >= end) return ahead;
+  const auto pixel = [&](int64_t row) {
+    const int64_t h = row / s.Q % s.P * s.stride_h - s.pad_h + (s.R - 1) * s.dilation_h;
+    return (row / s.Q / s.P * s.H + smaller(h, s.H - 1)) * s.W + smaller(row % s.Q * s.stride_w, s.W - 1);
+  };
+  const int64_t first = pixel(begin), bytes = (pixel(end - 1) + 1 - first) * s.C * int64_t(sizeof(T));
+  ahead.data = reinterpret_cast<const char*>(x + first * s.C);
+  ahead.data_step = Ahead::step(bytes, p.panels * TileRows(end - begin).tiles * p.words);
+  return ahead;
 }
 
 template <class Word>
@@ -265,7 +282,8 @@ void direct_run(const ConvArgs& a, const Team& team) {
       for (int64_t t = part.begin; t < part.end; ++t)
         direct_gather<T, Word>(s, p, x, 0, begin + tiles.first(t), begin + tiles.first(t + 1), block + tiles.first(t) * p.words);
       team.sync();
-      direct_multiply<T, Word>(a, p, 0, begin, end, mine.begin, mine.end, block);
+      Ahead ahead;
+      direct_multiply<T, Word>(a, p, 0, begin, end, mine.begin, mine.end, block, ahead);
     }
     return;
   }
@@ -277,8 +295,9 @@ void direct_run(const ConvArgs& a, const Team& team) {
     const int64_t end = smaller(begin + step, mine.end);
     for (int64_t group = 0; group < s.groups; ++group) {
       direct_gather<T, Word>(s, p, x, group, begin, end, block);
+      Ahead ahead = direct_ahead<Word>(s, p, x, end, smaller(end + step, mine.end));
       for (int64_t from = 0; from < p.panels; from += block_panels)
-        direct_multiply<T, Word>(a, p, group, begin, end, from, smaller(from + block_panels, p.panels), block);
+        direct_multiply<T, Word>(a, p, group, begin, end, from, smaller(from + block_panels, p.panels), block, ahead);
     }
   }
 }

@@ -164,11 +164,14 @@ void run_class(const DgradArgs& a, const Class<Word>& k, const Team& team, Word*
     const TileRows tiles(end - begin);
     for (int64_t t = 0; t < tiles.tiles; ++t)
       gather_tile(s, k, dy, begin + tiles.first(t), begin + tiles.first(t + 1), block + tiles.first(t) * k.words);
+    Ahead ahead;
+    ahead.weights_step = Ahead::step(k.words * kPanel * int64_t(sizeof(Word)), tiles.tiles * k.words);
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t c0 = panel * kPanel, c1 = smaller(c0 + kPanel, s.C);
+      ahead.weights = reinterpret_cast<const char*>(packed + (panel + 1) % panels * k.words * kPanel);
       for (int64_t t = 0; t < tiles.tiles; ++t) {
         const int64_t first = tiles.first(t), last = tiles.first(t + 1);
-        kSumTiles<Word>.at[last - first](block + first * k.words, packed + panel * k.words * kPanel, k.chunks, sums);
+        kSumTiles<Word>.at[last - first](block + first * k.words, packed + panel * k.words * kPanel, k.chunks, sums, ahead);
         scatter_tile(s, k, dx, begin + first, begin + last, c0, c1, sums);
       }
     }

@@ -170,7 +170,7 @@ class WinogradRun {
     const int64_t tiles = block.size();
     for (int64_t from = panels.begin; from < panels.end; from += p_.block_panels) {
       const int64_t to = smaller(from + p_.block_panels, panels.end);
-      multiply(tiles, from, to);
+      multiply(tiles, from, to, to < panels.end ? to : panels.begin);
       for (int64_t panel = from; panel < to; ++panel) {
         for (int64_t k = panel * kPanel; k < smaller((panel + 1) * kPanel, s_.K); k += kLanes)
           transform(block, k, sums_ + (panel - from) * tiles * kPanel + k % kPanel);
@@ -178,16 +178,24 @@ class WinogradRun {
     }
   }
 
-  void multiply(int64_t tiles, int64_t from, int64_t to) {
+  // Panels [from, to) of every point; `after`: the panel whose first point comes next. Fetching what the transforms
+  // touch meanwhile (outputs, residual, the next block's input) was tried: no difference.
+  void multiply(int64_t tiles, int64_t from, int64_t to, int64_t after) {
     const TileRows rows(tiles);
     const Word* weights = static_cast<const Word*>(a_.packed);
+    const int64_t panel_words = p_.words * kPanel;
+    Ahead ahead;
+    ahead.weights_step = Ahead::step(panel_words * int64_t(sizeof(Word)), rows.tiles * p_.words);
     for (int point = 0; point < kPoints; ++point) {
       for (int64_t panel = from; panel < to; ++panel) {
-        const Word* b = weights + (point * p_.panels + panel) * p_.words * kPanel;
+        const int64_t row = point * p_.panels;
+        const int64_t next = panel + 1 < to ? row + panel + 1 : point + 1 < kPoints ? row + p_.panels + from : after;
+        const Word* b = weights + (row + panel) * panel_words;
+        ahead.weights = reinterpret_cast<const char*>(weights + next * panel_words);
         float* sums = sums_ + point * p_.sum_stride + (panel - from) * tiles * kPanel;
         for (int64_t t = 0; t < rows.tiles; ++t) {
           const int64_t first = rows.first(t), height = rows.first(t + 1) - first;
-          kSumTiles<Word>.at[height](v_ + point * p_.v_stride + first * p_.words, b, p_.chunks, sums + first * kPanel);
+          kSumTiles<Word>.at[height](v_ + point * p_.v_stride + first * p_.words, b, p_.chunks, sums + first * kPanel, ahead);
         }
       }
     }
