@@ -67,8 +67,8 @@ def good(choices=None):
 @pytest.mark.parametrize(
     "text",
     [
-        b"", b"{", b"\xff\xfe\x00garbage", b"null", b"[]", b"3", b'{"format": 1}', b"[" * 100_000,
-        b'{"format": 1, "machine": 3, "choices": {}}',
+        b"", b"{", b"\xff\xfe\x00garbage", b"null", b"[]", b"3", b'{"format": 2}', b"[" * 100_000,
+        json.dumps({"format": _choices.FORMAT, "machine": "another", "choices": {"k": "eager"}}).encode(),
     ],
     ids=["empty", "truncated", "binary", "null", "list", "number", "keys missing", "deeply nested", "another machine"],
 )  # fmt: skip

@@ -16,10 +16,11 @@ from resnet_fast.bench.gpu_traffic import Traffic, eager, network
         ("resnet50", True, False, 32, 1.05),
         ("resnet50", True, True, 32, 1.05),
         ("resnet18", False, False, 32, 1.07),  # the stem's padded copy of the image: 1.06 at any batch
-        # A weight gradient's partial sums depend on the card and not on the batch: 1.10 at 32 images, 1.05 at 128.
+        # A weight gradient's partial sums depend on the card and not on the batch: 1.10 at 32 images, 1.06 at 128, where
+        # the padded images, partial sums and residue classes are all that is above a floor the fused stem has lowered.
         ("resnet18", True, False, 32, 1.11),
-        ("resnet18", True, False, 128, 1.051),
-        ("resnet18", True, True, 128, 1.053),
+        ("resnet18", True, False, 128, 1.057),
+        ("resnet18", True, True, 128, 1.059),
     ],
 )
 def test_networks(name, training, prologue, batch, most):
@@ -51,7 +52,7 @@ def test_statistics_travel_with_the_stems_output():
         stem, pool = nn.ConvBNAct(3, 64, 7, stride=2, padding=3).train().bfloat16(), torch.nn.MaxPool2d(3, 2, 1)
         images = torch.empty(8, 3, 64, 64, dtype=torch.bfloat16)
     with Traffic() as traffic:
-        nn.fused.stem(images, stem.conv, stem.bn, pool).sum().backward()
+        nn.fused.stem(images, [(stem.conv, stem.bn)], pool).sum().backward()
     found = {door: (least, ours) for door, least, ours in traffic.rows}
     assert list(found) == [
         "conv2d.fwd", "bn_act.statistics", "bn_act_max_pool2d.fwd", "bn_act_max_pool2d.bwd", "conv2d.bwd",
