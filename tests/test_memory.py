@@ -95,8 +95,7 @@ def test_peak_of_a_process():
     root = Path(resnet_fast.__file__).parents[1]
     if not (root / "benchmarks").exists():
         pytest.skip("an installed package has no benchmarks beside it")
-    command = [sys.executable, "-m", "benchmarks.memory", "--model", "resnet18", "--batch", "8"]
-    command += ["--size", "112", "--peak"]
+    command = [sys.executable, "-m", "benchmarks.memory", "--model", "resnet18", "--batch", "16", "--peak"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     peaks = dict(line.split() for line in done.stdout.splitlines())
