@@ -17,11 +17,6 @@ namespace rf {
 namespace {
 
 constexpr size_t kHugePage = 2u << 20;
-// Of what was in use at once, the part that may be kept: enough for what comes and goes within a layer. Keeping all of it
-// holds the forward's peak through the whole backward, while the gradients grow beside it (1.04 times eager's peak for
-// ResNet-18 at batch 8, where it saves a third of the tensors).
-constexpr size_t kKeptShare = 8;
-
 struct Buffers {
   std::mutex mutex;
   std::unordered_map<void*, size_t> used;    // address -> size
@@ -107,7 +102,6 @@ void give_buffer(void* data) {
   b.kept_bytes += at->second;
   b.kept.emplace(at->second, data);
   b.used.erase(at);
-  trim(b, b.peak_bytes / kKeptShare);
 }
 
 size_t release_buffers() {

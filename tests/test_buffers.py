@@ -7,7 +7,8 @@ import gc
 import pytest
 import torch
 
-from resnet_fast import _native
+import resnet_fast
+from resnet_fast import _native, functional
 from resnet_fast.ops import common
 
 pytestmark = pytest.mark.skipif(_native.why_not() is not None, reason="the compiled module is not built")
@@ -26,7 +27,7 @@ def test_an_output_as_any_other():
 def test_memory_is_reused_and_never_shared():
     gc.collect()
     _native.module().release_buffers()
-    most = common.cpu_output((32, 64, 128, 128), torch.float32)  # an eighth of what was in use at once is kept
+    most = common.cpu_output((32, 64, 128, 128), torch.float32)  # as much as was in use at once is kept
     a, b = common.cpu_output(SHAPE, torch.float32), common.cpu_output(SHAPE, torch.float32)
     a.fill_(1), b.fill_(2)
     assert a.data_ptr() != b.data_ptr() and a.unique().item() == 1
@@ -51,10 +52,39 @@ def test_what_is_kept_is_bounded_and_given_back():
     assert 8 << 20 <= size <= 10 << 20
     del first
     assert native.buffers_in_use() == before
-    # An eighth of the highest use is kept at most.
-    large = common.cpu_output((8, 64, 128, 128), torch.float32)
-    del large
-    assert native.release_buffers() <= 5 << 20 and native.release_buffers() == 0
+    # In use and kept together are never more than was in use at once: what does not fit is given back first.
+    other = common.cpu_output((4, 64, 64, 64), torch.float32)
+    assert native.buffers_in_use() - before + native.release_buffers() <= size
+    del other
+    assert native.release_buffers() == 4 << 20 and native.release_buffers() == 0
+
+
+def test_large_gradients_are_buffers_with_the_strides_of_their_weights():
+    native = _native.module()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = torch.empty(512, 512, 3, 3).to(memory_format=layout)
+        before = native.buffers_in_use()
+        dw = common.cpu_gradient(weight)
+        assert native.buffers_in_use() - before >= weight.nbytes
+        assert dw.shape == weight.shape and dw.stride() == weight.stride() and dw.dtype == torch.float32
+        del dw
+    small = common.cpu_gradient(torch.empty(64, 64, 3, 3))
+    assert small.stride() == (576, 9, 3, 1)
+
+
+def test_autograd_keeps_a_gradient_buffer_uncopied():
+    native = _native.module()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = torch.randn(512, 512, 3, 3).to(memory_format=layout).requires_grad_()
+        x = torch.randn(1, 512, 7, 7).to(memory_format=torch.channels_last)
+        gc.collect()
+        before = native.buffers_in_use()
+        with resnet_fast.use_backend("cpu"):
+            functional.conv2d(x, weight, padding=1).sum().backward()
+        assert native.buffers_in_use() - before >= weight.nbytes, "the gradient was copied out of its buffer"
+        assert weight.grad.stride() == weight.stride()
+        weight.grad = None
+        assert native.buffers_in_use() == before
 
 
 def test_small_outputs_are_torchs():

@@ -86,6 +86,14 @@ def cpu_output(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tenso
     return torch.utils.dlpack.from_dlpack(_native.module().buffer(*shape, _native.DTYPES[dtype]))
 
 
+def cpu_gradient(weight: Tensor) -> Tensor:
+    """An uninitialised float32 tensor with the weight's strides for a C++ room; large ones as in `cpu_output`."""
+    if weight.numel() * 4 < POOLED:
+        return torch.empty_like(weight, dtype=torch.float32)
+    strides = torch.empty_like(weight, device="meta").stride()
+    return cpu_output((1, weight.numel(), 1, 1), torch.float32).as_strided(weight.shape, strides)
+
+
 def as_output(t: Tensor) -> Tensor:
     """What an eager room returns: dense, with the very strides the fakes and the other rooms have."""
     layout = CHANNELS_LAST if t.dim() == 4 else torch.contiguous_format

@@ -183,7 +183,7 @@ def weight_gradient(
     native, threads = _native.module(), torch.get_num_threads()
     shape = sizes(x, weight, stride, padding, dilation, groups)
     dy, x = common.channels_last(dy), common.channels_last(x)
-    dw = torch.empty_like(weight, dtype=torch.float32)
+    dw = common.cpu_gradient(weight)
     place = (dw.data_ptr(), *dw.stride(), dy.data_ptr(), x.data_ptr(), threads)
     dtype = _native.DTYPES[x.dtype]
     winograd = not backends.is_exact() and native.conv_wgrad_winograd_why_not(shape, dtype) is None
