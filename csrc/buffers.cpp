@@ -5,7 +5,9 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <set>
 #include <unordered_map>
+#include <utility>
 
 #ifdef __linux__
 #include <pthread.h>
@@ -19,9 +21,19 @@ namespace {
 constexpr size_t kHugePage = 2u << 20;
 struct Buffers {
   std::mutex mutex;
-  std::unordered_map<void*, size_t> used;    // address -> size
-  std::multimap<size_t, void*> kept;         // size -> address
+  std::unordered_map<void*, size_t> used;  // address -> size
+  std::map<char*, size_t> kept;            // address -> size: neighbours are one block
+  std::set<std::pair<size_t, char*>> by_size;
   size_t used_bytes = 0, kept_bytes = 0, peak_bytes = 0;
+
+  void keep(char* at, size_t bytes) {
+    kept.emplace(at, bytes), by_size.emplace(bytes, at);
+    kept_bytes += bytes;
+  }
+  void drop(char* at, size_t bytes) {
+    kept.erase(at), by_size.erase({bytes, at});
+    kept_bytes -= bytes;
+  }
 };
 
 #ifdef __linux__
@@ -35,6 +47,7 @@ void* map(size_t bytes) {
   return at + skip;
 }
 void unmap(void* data, size_t bytes) { munmap(data, bytes); }
+constexpr bool kDivisible = true;  // any pages of mapped memory can be given back, whatever they were mapped with
 #else
 void* map(size_t bytes) {
   void* data = std::aligned_alloc(64, bytes);
@@ -42,6 +55,7 @@ void* map(size_t bytes) {
   return data;
 }
 void unmap(void* data, size_t) { std::free(data); }
+constexpr bool kDivisible = false;
 #endif
 
 // Never destroyed: tensors may outlive every static. A fork waits for the lock, so that the child does not inherit it held.
@@ -56,17 +70,17 @@ Buffers& buffers() {
   return *all;
 }
 
-// Unmaps kept blocks, the largest first, until at most `most` bytes are kept.
+// Unmaps from the largest kept blocks until at most `most` bytes are kept; returns how many bytes that were.
 size_t trim(Buffers& b, size_t most) {
-  size_t freed = 0;
+  const size_t before = b.kept_bytes;
   while (b.kept_bytes > most) {
-    const auto last = std::prev(b.kept.end());
-    unmap(last->second, last->first);
-    freed += last->first;
-    b.kept_bytes -= last->first;
-    b.kept.erase(last);
+    const auto [size, at] = *std::prev(b.by_size.end());
+    const size_t excess = b.kept_bytes - most, left = kDivisible && size > excess ? size - excess : 0;
+    b.drop(at, size);
+    unmap(at + left, size - left);
+    if (left) b.keep(at, left);
   }
-  return freed;
+  return before - b.kept_bytes;
 }
 
 }  // namespace
@@ -75,17 +89,19 @@ void* take_buffer(size_t bytes) {
   const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   Buffers& b = buffers();
   const std::lock_guard<std::mutex> lock(b.mutex);
-  void* data = nullptr;
+  char* data = nullptr;
   size_t given = size;
-  const auto fit = b.kept.lower_bound(size);
-  if (fit != b.kept.end() && fit->first <= size + size / 4) {
-    given = fit->first, data = fit->second;
-    b.kept_bytes -= given;
-    b.kept.erase(fit);
+  const auto fit = b.by_size.lower_bound({size, nullptr});
+  if (fit != b.by_size.end() && (kDivisible || fit->first <= size + size / 4)) {
+    const auto [whole, at] = *fit;
+    b.drop(at, whole);
+    data = at;
+    if (!kDivisible) given = whole;
+    else if (whole > size) b.keep(at + size, whole - size);
   } else {
     const size_t peak = b.peak_bytes > b.used_bytes + size ? b.peak_bytes : b.used_bytes + size;
     trim(b, peak - b.used_bytes - size);
-    data = map(size);
+    data = static_cast<char*>(map(size));
   }
   b.used.emplace(data, given);
   b.used_bytes += given;
@@ -96,12 +112,28 @@ void* take_buffer(size_t bytes) {
 void give_buffer(void* data) {
   Buffers& b = buffers();
   const std::lock_guard<std::mutex> lock(b.mutex);
-  const auto at = b.used.find(data);
-  if (at == b.used.end()) return;
-  b.used_bytes -= at->second;
-  b.kept_bytes += at->second;
-  b.kept.emplace(at->second, data);
-  b.used.erase(at);
+  const auto found = b.used.find(data);
+  if (found == b.used.end()) return;
+  char* at = static_cast<char*>(data);
+  size_t size = found->second;
+  b.used.erase(found);
+  b.used_bytes -= size;
+  if (kDivisible) {  // joined with the kept neighbours
+    const auto after = b.kept.find(at + size);
+    if (after != b.kept.end()) {
+      const size_t more = after->second;
+      b.drop(at + size, more);
+      size += more;
+    }
+    auto before = b.kept.lower_bound(at);
+    if (before != b.kept.begin() && (--before)->first + before->second == at) {
+      const auto [first, more] = *before;
+      b.drop(first, more);
+      at = first;
+      size += more;
+    }
+  }
+  b.keep(at, size);
 }
 
 size_t release_buffers() {

@@ -42,6 +42,32 @@ def test_memory_is_reused_and_never_shared():
     assert len({t.data_ptr() for t in (b, c, d, most)}) == 4
 
 
+def test_kept_memory_is_cut_and_joined():
+    gc.collect()
+    native = _native.module()
+    native.release_buffers()
+    large = common.cpu_output((4, 64, 128, 128), torch.float32)  # 16 MiB
+    begin, end = large.data_ptr(), large.data_ptr() + large.nbytes
+    del large
+    for first in (True, False):  # two halves, given back in either order, are one block again
+        a, b = common.cpu_output(SHAPE, torch.float32), common.cpu_output(SHAPE, torch.float32)
+        assert sorted([a.data_ptr(), b.data_ptr()]) == [begin, begin + a.nbytes]
+        a.fill_(1), b.fill_(2)
+        assert a.unique().item() == 1 and b.unique().item() == 2
+        if first:
+            del a, b
+        else:
+            del b, a
+        whole = common.cpu_output((4, 64, 128, 128), torch.float32)
+        assert (whole.data_ptr(), whole.data_ptr() + whole.nbytes) == (begin, end)
+        del whole
+    middle = [common.cpu_output((1, 64, 128, 128), torch.float32) for _ in range(4)]  # joined on both sides at once
+    del middle[1], middle[2], middle[1]
+    assert native.release_buffers() == 12 << 20
+    middle[0].fill_(3)
+    assert middle[0].unique().item() == 3
+
+
 def test_what_is_kept_is_bounded_and_given_back():
     gc.collect()
     native = _native.module()
