@@ -108,44 +108,6 @@ def test_exact(monkeypatch):
 
 
 @needs_module
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512", "avx512_bf16"])
-def test_instruction_sets(isa):
-    """Each set gives eager's results, or says that this processor does not have it: never an illegal instruction."""
-    code = """
-import torch, resnet_fast
-from resnet_fast import _native, functional, backends
-try:
-    print(_native.isa())
-except ValueError as error:
-    assert "this processor does not have it" in str(error) or "was built with" in str(error), error
-    print("refused")
-    raise SystemExit
-torch.manual_seed(0)
-for dtype, near in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-    x, w = torch.randn(2, 19, 11, 9).to(dtype), (torch.randn(33, 19, 3, 3) / 13).to(dtype)
-    v = [torch.rand(33) + 0.5 for _ in range(4)]
-    r = torch.randn(2, 33, 11, 9).to(dtype)
-    calls = [
-        lambda: functional.add_relu(r, r.roll(1, 0)),
-        lambda: functional.conv_bn_act(x, w, None, *v, r, padding=1),
-        lambda: functional.conv2d(x, w, padding=1),
-        lambda: functional.bn_act(r, None, None, v[0], v[1], training=True),
-        lambda: functional.max_pool2d(r, 3, 2, 1),
-    ]
-    for call in calls:
-        with backends.use_backend("cpu"):
-            try:
-                got = call()
-            except RuntimeError as error:
-                assert "has no cpu room" in str(error), error
-                continue
-        with backends.use_backend("eager"):
-            torch.testing.assert_close(got, call(), rtol=near, atol=near)
-"""
-    assert python(code, RESNET_FAST_ISA=isa) in (isa, "refused")
-
-
-@needs_module
 def test_an_unknown_instruction_set():
     code = """
 from resnet_fast import _native

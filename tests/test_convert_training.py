@@ -25,8 +25,18 @@ TORCHVISION = (
 TIMM = ("resnet18", "resnet34", "resnet50", "resnet26d", "resnet50d", "resnext50_32x4d")
 
 
+#: A float64 step of these moves gigabytes of weights and gradients, which is where their time goes, not in arithmetic.
+GIANTS = ("resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2")
+
+
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_trains_as_eager(name):
+    same_training(lambda: getattr(torchvision.models, name)(), fused, size=64, steps=1 if name in GIANTS else 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GIANTS)
+def test_giants_train_three_steps_as_eager(name):
     same_training(lambda: getattr(torchvision.models, name)(), fused, size=64)
 
 

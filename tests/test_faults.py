@@ -103,7 +103,7 @@ FAULTS = {
         "a corrupt or truncated cache": [f"{CHOICES}::test_a_corrupt_file_is_ignored_and_replaced", f"{CHOICES}::test_a_truncated_file_is_ignored"],
         "a foreign or world-writable cache, a pipe in its place": [f"{CHOICES}::test_a_foreign_owned_file_is_not_trusted", f"{CHOICES}::test_a_file_others_may_write_is_not_trusted", f"{CHOICES}::test_a_pipe_or_a_folder_in_the_files_place"],
         "a read-only home": [f"{CHOICES}::test_a_read_only_folder", f"{CHOICES}::test_a_folder_that_cannot_be_made"],
-        "each instruction set forced": [f"{CHOOSER}::test_instruction_sets", f"{CHOOSER}::test_an_unknown_instruction_set"],
+        "each instruction set forced": ["kernels/test_isas.py::test_every_instruction_set", f"{CHOOSER}::test_an_unknown_instruction_set"],
     },
     "build and import": {
         "no triton, no compiled module": [f"{HOUSE}::test_import_without_triton_and_the_compiled_module"],

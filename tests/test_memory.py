@@ -86,6 +86,7 @@ def test_unknown_memory():
         resnet_fast.convert(torchvision.models.resnet18(), memory="tiny")
 
 
+@pytest.mark.slow
 def test_peak_of_a_process():
     """The resident set a step adds to a process of its own, at its highest: lean < default < eager.
 

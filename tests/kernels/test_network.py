@@ -226,12 +226,3 @@ assert (y == 0).all()
         OMP_THREAD_LIMIT="1",
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    args = ["-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "several_sizes"]
-    done = in_process(f"import pytest, sys; sys.exit(pytest.main({args!r}))", RESNET_FAST_ISA=isa)
-    if "this processor does not have it" in done.stdout + done.stderr:
-        pytest.skip(f"no {isa} here")
-    assert done.returncode == 0, done.stdout[-2000:]
