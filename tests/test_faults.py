@@ -14,9 +14,17 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-C, BN, CONV, CBA, POOL, ADD = (
+C, SUB, BN, CONV, CBA, POOL, ADD = (
     f"ops/{n}.py"
-    for n in ("contract", "test_bn_act", "test_conv2d", "test_conv_bn_act", "test_max_pool2d", "test_add_relu")
+    for n in (
+        "contract",
+        "subsystems",
+        "test_bn_act",
+        "test_conv2d",
+        "test_conv_bn_act",
+        "test_max_pool2d",
+        "test_add_relu",
+    )
 )
 CONVERT, FREEZE, CHOOSER, HOUSE = "test_convert.py", "test_freeze.py", "test_backends.py", "test_house.py"
 CHOICES, LEFT, TRAINING = "test_choices.py", "test_convert_left.py", "test_convert_training.py"
@@ -53,7 +61,7 @@ FAULTS = {
     "layouts": {
         "x, residual, dy contiguous, channels_last, sliced, transposed": [f"{C}::test_layouts", f"{C}::test_layout_of_dy"],
         "expanded tensors: strides of 0": [f"{C}::test_layouts", f"{C}::test_expanded_inputs"],
-        "ambiguous strides: one channel, one pixel": [f"{C}::test_values", f"{C}::test_gradients", f"{C}::test_meta"],
+        "ambiguous strides: one channel, one pixel": [f"{C}::test_values", f"{C}::test_gradients", f"{SUB}::test_meta"],
         "channels_last out, dx in the format of x": [f"{C}::test_layouts", f"{TRAINING}::test_input_gradient_and_layouts"],
         "filters that are not dense": [f"{CONV}::test_weight_layouts"],
         "memory a kernel did not write": [f"{C}::test_values", f"{C}::test_gradients", "test_faults.py::test_poison_is_seen"],
@@ -64,12 +72,12 @@ FAULTS = {
         "the residual used again after the block": [f"{ADD}::test_residual_used_again", f"{BN}::test_residual_used_again"],
         "saved tensors changed in place": [f"{ADD}::test_saved_output_changed_in_place", f"{BN}::test_saved_tensors_changed_in_place"],
         "two forwards before one backward": [f"{BN}::test_two_forwards_before_one_backward"],
-        "double backward right, or a clear error": [f"{C}::test_gradcheck", f"{C}::test_func_transforms_refused", f"{CBA}::test_operator_differentiated_directly", f"{TRAINING}::test_double_backward"],
+        "double backward right, or a clear error": [f"{C}::test_gradcheck", f"{SUB}::test_func_transforms_refused", f"{CBA}::test_operator_differentiated_directly", f"{TRAINING}::test_double_backward"],
         "activation checkpointing": [f"{BN}::test_checkpoint", f"{TRAINING}::test_checkpointing"],
         "a leak over hundreds of iterations": [f"{TRAINING}::test_no_leak"],
         "gradients for integers": [f"{BN}::test_refusals_as_eager", f"{CONV}::test_refusals_as_eager", f"{POOL}::test_refusals", f"{ADD}::test_refusals"],
         "NaN and infinities in x, residual, gamma, dy": [f"{C}::test_nonfinite", f"{C}::test_nan_in_dy"],
-        "an operator that returns its own input": [f"{C}::test_opcheck"],
+        "an operator that returns its own input": [f"{SUB}::test_opcheck"],
     },
     "conversion": {
         "a conv also used without its norm, a norm of two convs": [f"{LEFT}::test_what_only_looks_like_a_chain"],
@@ -83,11 +91,11 @@ FAULTS = {
         "subclassed, parametrised, quantised modules": [f"{LEFT}::test_parametrised_and_pruned_convolutions", f"{LEFT}::test_what_only_looks_like_a_chain"],
     },
     "mixed precision and devices": {
-        "autocast's dtypes": [f"{C}::test_autocast", f"{TRAINING}::test_bottlenecks_under_autocast"],
+        "autocast's dtypes": [f"{SUB}::test_autocast", f"{TRAINING}::test_bottlenecks_under_autocast"],
         "bfloat16 beside float32 norms; everything in bfloat16": [f"{BN}::test_mixed_dtypes", f"{BN}::test_all_low_precision", f"{ADD}::test_mixed_dtypes"],
         "float64, float16 on the CPU": [f"{C}::test_values", f"{C}::test_gradients"],
         "tensors on different devices": [f"{ADD}::test_refusals", f"{BN}::test_refusals_as_eager", f"{CONV}::test_refusals"],
-        "meta tensors": [f"{C}::test_meta"],
+        "meta tensors": [f"{SUB}::test_meta"],
         "integer and complex inputs": [f"{BN}::test_refusals_as_eager", f"{CONV}::test_refusals", f"{POOL}::test_refusals_as_eager"],
         "another CUDA stream, another GPU, graph capture": ["cuda/test_cuda_gpu.py::test_another_stream", "cuda/test_cuda_gpu.py::test_the_second_device", "cuda/test_cuda_gpu.py::test_captured_in_a_graph"],
     },
@@ -139,7 +147,7 @@ def test_every_fault_is_held_off(held):
 
 
 def test_the_contracts_tests_run_for_every_operator():
-    """What the table finds in ops/contract.py counts only if every operator's file has a class of it with cases."""
+    """What the table finds in ops/contract.py and ops/subsystems.py counts only if every operator's file has a class of it with cases."""
     for op in ("add_relu", "bn_act", "conv2d", "conv_bn_act", "max_pool2d"):
         tree = ast.parse((TESTS / "ops" / f"test_{op}.py").read_text())
         classes = [
