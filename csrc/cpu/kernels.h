@@ -34,6 +34,8 @@ struct Kernels {
   void (*dgrad)(const DgradArgs&);
   const char* (*pack_strided_why_not)(const ConvShape&, DType, int algorithm);
   void (*pack_strided)(const PackStridedArgs&);
+  size_t (*streamed_scratch_bytes)(const ConvShape&, DType, int algorithm, int threads);
+  void (*run_streamed)(const ConvArgs&, const PackStridedArgs&);
 };
 
 // The set in use: the widest the machine has, or the one RESNET_FAST_ISA names.

@@ -23,6 +23,8 @@ const char* dgrad_why_not(const ConvShape&, DType);
 void dgrad(const DgradArgs&);
 const char* pack_strided_why_not(const ConvShape&, DType, int algorithm);
 void pack_strided(const PackStridedArgs&);
+size_t streamed_scratch_bytes(const ConvShape&, DType, int algorithm, int threads);
+void run_streamed(const ConvArgs&, const PackStridedArgs&);
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
@@ -45,6 +47,8 @@ const Kernels kKernels = {
     /*dgrad=*/dgrad,
     /*pack_strided_why_not=*/pack_strided_why_not,
     /*pack_strided=*/pack_strided,
+    /*streamed_scratch_bytes=*/streamed_scratch_bytes,
+    /*run_streamed=*/run_streamed,
 };
 
 }  // namespace RF_ISA

@@ -109,6 +109,8 @@ class WinogradRun {
     std::memset(own, 0, p_.zero_bytes);
     sums_ = reinterpret_cast<float*>(own + p_.zero_bytes);
     v_ = reinterpret_cast<Word*>(shared ? scratch : own + p_.zero_bytes + p_.sum_bytes);
+    weights_ = static_cast<const Word*>(a_.packed);
+    point_words_ = p_.panels * p_.words * kPanel;
   }
 
   void run() {
@@ -131,6 +133,21 @@ class WinogradRun {
       const Range block = {begin, smaller(begin + step, mine.end)};
       input(block, all_channels);
       output(block, all_panels);
+    }
+  }
+
+  // All tiles at once (config: split_cols, block_rows >= tiles, block_cols = kPanel); `pack(panel)` makes a panel's filters at
+  // `weights`, points `point_words` apart, right before they are multiplied.
+  template <class Pack>
+  void run_streamed(const Word* weights, int64_t point_words, const Pack& pack) {
+    const Range chunks = team_.share(p_.chunks), panels = team_.share(p_.panels), block = {0, p_.tiles};
+    input(block, {chunks.begin * kChunk<Word>, chunks.end * kChunk<Word>});
+    team_.sync();
+    weights_ = weights;
+    point_words_ = point_words;
+    for (first_panel_ = panels.begin; first_panel_ < panels.end; ++first_panel_) {
+      pack(first_panel_);
+      output(block, {first_panel_, first_panel_ + 1});
     }
   }
 
@@ -182,16 +199,15 @@ class WinogradRun {
   // touch meanwhile (outputs, residual, the next block's input) was tried: no difference.
   void multiply(int64_t tiles, int64_t from, int64_t to, int64_t after) {
     const TileRows rows(tiles);
-    const Word* weights = static_cast<const Word*>(a_.packed);
     const int64_t panel_words = p_.words * kPanel;
+    const auto weights = [&](int64_t point, int64_t panel) { return weights_ + point * point_words_ + (panel - first_panel_) * panel_words; };
     Ahead ahead;
     ahead.weights_step = Ahead::step(panel_words * int64_t(sizeof(Word)), rows.tiles * p_.words);
     for (int point = 0; point < kPoints; ++point) {
       for (int64_t panel = from; panel < to; ++panel) {
-        const int64_t row = point * p_.panels;
-        const int64_t next = panel + 1 < to ? row + panel + 1 : point + 1 < kPoints ? row + p_.panels + from : after;
-        const Word* b = weights + (row + panel) * panel_words;
-        ahead.weights = reinterpret_cast<const char*>(weights + next * panel_words);
+        const Word* b = weights(point, panel);
+        const Word* next = panel + 1 < to ? weights(point, panel + 1) : point + 1 < kPoints ? weights(point + 1, from) : weights(0, after);
+        ahead.weights = reinterpret_cast<const char*>(next);
         float* sums = sums_ + point * p_.sum_stride + (panel - from) * tiles * kPanel;
         for (int64_t t = 0; t < rows.tiles; ++t) {
           const int64_t first = rows.first(t), height = rows.first(t + 1) - first;
@@ -227,6 +243,8 @@ class WinogradRun {
   T* zeros_;
   Word* v_;
   float* sums_;
+  const Word* weights_;  // of first_panel_'s first point
+  int64_t point_words_, first_panel_ = 0;
 };
 
 }  // namespace RF_ISA

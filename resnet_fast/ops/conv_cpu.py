@@ -24,14 +24,18 @@ def sizes(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dila
 
 
 @functools.lru_cache(4096)
-def plan(shape: Sizes, dtype: int, threads: int, exact: bool) -> tuple[list[int], int, int]:
-    """The kernel's own choice for a shape: its configuration, bytes of packed filters, bytes of scratch memory."""
+def plan(shape: Sizes, dtype: int, threads: int, exact: bool) -> tuple[list[int], int, int, int]:
+    """The kernel's own choice for a shape: its configuration, bytes of packed filters and of scratch memory.
+
+    The last is the scratch of packing the filters a panel at a time, 0 where they are packed whole.
+    """
     native = _native.module()
     config = native.conv_heuristic(shape, dtype, threads, exact)
     return (
         config,
         native.conv_packed_bytes(shape, dtype, config[0]),
         native.conv_scratch_bytes(shape, dtype, config, threads),
+        native.conv_streamed_scratch_bytes(shape, dtype, config[0], threads),
     )
 
 
@@ -66,31 +70,50 @@ def run(
             dense = filters.contiguous()
             native.conv_pack(shape, dtype, algorithm, packed, dense.data_ptr(), common.address(scale), threads)
 
-    return _convolve(x, shape, pack, shift, residual, relu)
+    source = None if scale is not None else (filters.data_ptr(), *filters.stride())
+    return _convolve(x, shape, pack, source, shift, residual, relu)
 
 
-def _workspace(size: int) -> int:
-    """The address of this thread's working memory, 64-byte aligned, grown as needed and kept.
+def _workspace(size: int) -> tuple[int, Tensor]:
+    """The address of working memory, 64-byte aligned, and the tensor that owns it.
 
     Packed filters take up to tens of megabytes; fresh pages for them cost more than the packing (7x7x512, batch 16:
-    23 of 33 ms).
+    23 of 33 ms). Large ones are therefore buffers (csrc/buffers.h), small ones this thread's own, grown as needed and kept.
     """
-    memory = getattr(_local, "memory", None)
-    if memory is None or memory.numel() < size + 64:
-        _local.memory = memory = torch.empty(size + 64, dtype=torch.uint8)
-    return -(-memory.data_ptr() // 64) * 64
+    if size >= common.POOLED:
+        memory = common.cpu_output((1, -(-size // 4) + 16, 1, 1), torch.float32)
+    else:
+        memory = getattr(_local, "memory", None)
+        if memory is None or memory.numel() < size + 64:
+            _local.memory = memory = torch.empty(size + 64, dtype=torch.uint8)
+    return -(-memory.data_ptr() // 64) * 64, memory
 
 
 def _convolve(
-    x: Tensor, shape: Sizes, pack: Callable[[int, int], None], shift: Tensor | None, residual: Tensor | None, relu: bool
+    x: Tensor,
+    shape: Sizes,
+    pack: Callable[[int, int], None],
+    source: tuple[int, ...] | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
 ) -> Tensor:
-    """One convolution; `pack(algorithm, address)` writes its filters as the algorithm wants them."""
+    """One convolution; `pack(algorithm, address)` writes its filters as the algorithm wants them.
+
+    source: the filters' address and four strides, where the algorithm may also read them itself.
+    """
     native, dtype, threads = _native.module(), _native.DTYPES[x.dtype], torch.get_num_threads()
-    config, packed_bytes, scratch_bytes = plan(shape, dtype, threads, backends.is_exact())
+    config, packed_bytes, scratch_bytes, streamed_bytes = plan(shape, dtype, threads, backends.is_exact())
     x = common.channels_last(x)
     residual = None if residual is None else common.channels_last(residual)
     y = common.cpu_output((shape[0], shape[4], *shape[7:9]), x.dtype)
-    packed = _workspace(packed_bytes + scratch_bytes + 64)
+    if source and streamed_bytes:
+        epilogue = (common.address(shift), common.address(residual), relu)
+        scratch, _owner = _workspace(streamed_bytes)
+        place = (y.data_ptr(), x.data_ptr(), *source, *epilogue, scratch, threads)
+        native.conv_run_streamed(shape, dtype, config[0], *place)
+        return y
+    packed, _owner = _workspace(packed_bytes + scratch_bytes + 64)
     scratch = -(-(packed + packed_bytes) // 64) * 64
     pack(config[0], packed)
     epilogue = (0, common.address(shift), common.address(residual), relu)
@@ -155,19 +178,19 @@ def _turned_convolution(
     n, _, h, w = x.shape
     shape = (n, *dy.shape[2:], k, groups * c, r, s, h, w, 1, 1, *around, *dilation, groups)
     native, threads = _native.module(), torch.get_num_threads()
+    stride_k, stride_c, stride_r, stride_s = filters.stride()
+    last_tap = filters.data_ptr() + 4 * ((r - 1) * stride_r + (s - 1) * stride_s)
+    turned = (last_tap, stride_c, stride_k, -stride_r, -stride_s)
 
     def pack(algorithm: int, packed: int) -> None:
         if native.conv_pack_strided_why_not(shape, dtype, algorithm) is None:
-            stride_k, stride_c, stride_r, stride_s = filters.stride()
-            last_tap = filters.data_ptr() + 4 * ((r - 1) * stride_r + (s - 1) * stride_s)
-            turned = (stride_c, stride_k, -stride_r, -stride_s)
-            native.conv_pack_strided(shape, algorithm, packed, last_tap, *turned, threads, dtype)
+            native.conv_pack_strided(shape, algorithm, packed, *turned, threads, dtype)
         else:
             grouped = filters.reshape(groups, k // groups, c, r, s).transpose(1, 2).flip(3, 4)
             dense = grouped.reshape(groups * c, k // groups, r, s).contiguous()
             native.conv_pack(shape, dtype, algorithm, packed, dense.data_ptr(), 0, threads)
 
-    return _convolve(dy, shape, pack, None, None, False)
+    return _convolve(dy, shape, pack, turned, None, None, False)
 
 
 def weight_gradient(
