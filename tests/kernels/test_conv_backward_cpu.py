@@ -237,6 +237,44 @@ def test_data_gradient_by_a_convolution(name):
     assert ((dx.double() - exact).abs().max() / exact.abs().max()).item() <= 3e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("given", [(2, 488, 7, 7, 520), (1, 600, 9, 10, 450)], ids=str)
+def test_filters_packed_a_panel_at_a_time(given, layout, dtype):
+    """The bits of packing them whole: shift, residual and ReLU too, for any number of threads, from NaN-filled scratch."""
+    n, c, h, w, k = given
+    number, name = DTYPES.index(dtype), "winograd4" if dtype == torch.float32 else "winograd2"
+    algorithm, shape = _C.conv_algorithms().index(name), [n, h, w, c, k, 3, 3, h, w, 1, 1, 1, 1, 1, 1, 1]
+    x = randn(n, c, h, w, dtype=dtype).to(memory_format=torch.channels_last)
+    filters, shift = torch.randn(k, c, 3, 3).contiguous(memory_format=layout), torch.randn(k)
+    residual = randn(n, k, h, w, dtype=dtype).to(memory_format=torch.channels_last)
+    packed = aligned(_C.conv_packed_bytes(shape, number, algorithm))
+    _C.conv_pack_strided(shape, algorithm, packed.data_ptr(), filters.data_ptr(), *filters.stride(), 2, number)
+    config = (algorithm, 0, 0, 0)
+    scratch, want = aligned(_C.conv_scratch_bytes(shape, number, config, 1)), torch.empty_like(residual)
+    epilogue = (shift.data_ptr(), residual.data_ptr(), True)
+    place = (want.data_ptr(), x.data_ptr(), packed.data_ptr(), 0)
+    _C.conv_run(shape, number, config, *place, *epilogue, scratch.data_ptr(), 1)
+    for threads in (1, 2, 3):
+        size = _C.conv_streamed_scratch_bytes(shape, number, algorithm, threads)
+        assert 0 < size < packed.nbytes
+        got, scratch = torch.full_like(want, float("nan")), aligned(size)
+        place = (got.data_ptr(), x.data_ptr(), filters.data_ptr(), *filters.stride())
+        _C.conv_run_streamed(shape, number, algorithm, *place, *epilogue, scratch.data_ptr(), threads)
+        assert torch.equal(got, want)
+
+
+def test_what_is_packed_whole():
+    winograd, direct = (_C.conv_algorithms().index(name) for name in ("winograd4", "direct"))
+    for shape, algorithm in (
+        ([16, 14, 14, 256, 256, 3, 3, 14, 14, 1, 1, 1, 1, 1, 1, 1], winograd),  # more tiles than filters
+        ([1, 7, 7, 128, 128, 3, 3, 7, 7, 1, 1, 1, 1, 1, 1, 1], winograd),  # in the caches either way
+        ([16, 7, 7, 512, 512, 3, 3, 7, 7, 1, 1, 1, 1, 1, 1, 1], direct),
+        ([16, 7, 7, 512, 512, 3, 3, 7, 7, 1, 1, 1, 1, 1, 1, 4], winograd),
+    ):
+        assert _C.conv_streamed_scratch_bytes(shape, 0, algorithm, 2) == 0
+
+
 def test_packing_of_other_kinds_is_refused():
     shape = [1, 8, 8, 32, 32, 3, 3, 8, 8, 1, 1, 1, 1, 1, 1, 1]
     if _C.isa() == "avx512_bf16":
