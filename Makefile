@@ -32,10 +32,10 @@ bench-ops: .venv-bench/.done  ## pytest-benchmark over the operators and models
 	.venv-bench/bin/python -m pytest benchmarks/ops benchmarks/models -p no:cacheprovider -o python_files='bench_*.py' -o python_functions='bench_*' $(PYTEST_ARGS)
 
 test: .venv-test/.done  ## the tests
-	.venv-test/bin/python -m pytest -n auto -m 'not slow and not gpu and not proof' $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -n auto --dist worksteal -m 'not slow and not gpu and not proof' $(PYTEST_ARGS)
 
 test-all: .venv-test/.done  ## the tests, the long ones too
-	.venv-test/bin/python -m pytest -n auto -m 'not gpu' $(PYTEST_ARGS)
+	.venv-test/bin/python -m pytest -n auto --dist worksteal -m 'not gpu' $(PYTEST_ARGS)
 
 lint: .venv-lint/.done  ## ruff and clang-format, changing nothing
 	.venv-lint/bin/ruff check .

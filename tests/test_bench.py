@@ -192,7 +192,7 @@ SMALL = ["--size", "32", "--rounds", "2", "--seconds", "0.01", "--threads", "1",
 def test_infer_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {kind: tmp_path / f"r.{kind.replace('plot', 'png')}" for kind in ("csv", "json", "plot")}
     options = [f"--{kind}={path}" for kind, path in files.items()]
-    engines_ = ["--engines", "resnet_fast,eager,eager_nchw"]
+    engines_ = ["--engines", "resnet_fast,eager"]
     code = bench.main(["infer", "--model", "resnet18", "--batch", "2", "--device", "cpu", *engines_, *SMALL, *options])
     text = capsys.readouterr().out
     assert code == 0, text
