@@ -6,6 +6,7 @@ Outputs and scratch are filled with NaN first, so that anything read before it i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -170,27 +171,49 @@ def largest(error: torch.Tensor) -> float:
 
 
 # Float32 against float64, as multiples of eager's own error: rms, largest, and roundings of the largest value that
-# are free. The law (twice eager's error and one rounding) is kept in rms; the largest error of a few outputs is a
-# draw against a draw of eager's, and over 300 draws of each small shape the worst needed 2.3 roundings, not one.
+# are free. The law (twice eager's error and one rounding) is kept in rms; the largest error of a thousand outputs is a
+# draw against a draw of eager's, and in 400 pools of each shape the worst needed 1.9 roundings, not one.
 # Winograd also rounds in its transforms, whatever the depth: its worst was 12 times eager's error on 8 channels of
-# one pixel, and 29 times on a single channel, which it therefore refuses.
-LIMITS = {"winograd4": (8.0, 12.0, 10), "winograd2": (3.0, 4.0, 3)}
+# one pixel, and 29 times on a single channel, which it therefore refuses. Its rms bound is the one it states.
+LIMITS = {"winograd4": (6.0, 12.0, 10), "winograd2": (2.5, 4.0, 3)}
 
 
 def rms(error: torch.Tensor) -> float:
     return error.double().pow(2).mean().sqrt().item()
 
 
-def check(case: Case, algorithm: int, dtype: torch.dtype, y: torch.Tensor, **operands) -> None:
-    """Within the limits of the algorithm, in rms and at the worst output."""
-    typical, worst, free = LIMITS.get(NAMES[algorithm], (2.0, 2.0, 3)) if dtype == torch.float32 else (2.0, 2.0, 1)
-    truth = reference(case, torch.float64, **operands)
-    error = y.double() - truth
-    eager = reference(case, dtype, **operands).double() - truth
-    eps = torch.finfo(dtype).eps
-    assert not y.isnan().any()
-    assert rms(error) <= typical * rms(eager) + eps * max(rms(truth), 1.0)
-    assert largest(error) <= worst * largest(eager) + free * eps * max(largest(truth), 1.0)
+class Pool:
+    """Errors of one algorithm, ours and eager's, over several draws: of a few outputs either one's is luck."""
+
+    def __init__(self, algorithm: int, dtype: torch.dtype):
+        self.limits = LIMITS.get(NAMES[algorithm], (2.0, 2.0, 3)) if dtype == torch.float32 else (2.0, 2.0, 1)
+        self.dtype, self.parts = dtype, [[], [], []]
+
+    def add(self, case: Case, y: torch.Tensor, **operands) -> bool:
+        """Take in one draw; whether the pool is within the limits, in rms and at the worst output."""
+        assert not y.isnan().any()
+        truth = reference(case, torch.float64, **operands)
+        eager = reference(case, self.dtype, **operands)
+        for part, found in zip(self.parts, (y.double() - truth, eager.double() - truth, truth), strict=True):
+            part.append(found.flatten())
+        typical, worst, free = self.limits
+        error, eager, truth = (torch.cat(part) for part in self.parts)
+        eps = torch.finfo(self.dtype).eps
+        self.found = (
+            (rms(error), typical * rms(eager) + eps * max(rms(truth), 1.0)),
+            (largest(error), worst * largest(eager) + free * eps * max(largest(truth), 1.0)),
+        )
+        return all(mine <= allowed for mine, allowed in self.found)
+
+
+def check(case: Case, algorithm: int, dtype: torch.dtype, draw: Callable[[], tuple[torch.Tensor, dict]]) -> None:
+    """Within the limits: at once, or with as many draws of `draw() -> y, operands` as make a pool of 1,000 outputs."""
+    pool, outputs = Pool(algorithm, dtype), case.N * case.K * case.out[0] * case.out[1]
+    for _ in range(2 + 1000 // outputs):
+        y, operands = draw()
+        if pool.add(case, y, **operands):
+            return
+    raise AssertionError("outside the law: " + ", ".join(f"error {a:.3g}, allowed {b:.3g}" for a, b in pool.found))
 
 
 def algorithms_for(case: Case, dtype: torch.dtype) -> list[int]:
@@ -210,12 +233,14 @@ each_run = pytest.mark.parametrize(
 @each_run
 @pytest.mark.parametrize("epilogue", ["none", "scale_shift_relu", "all"])
 def test_value(case, dtype, algorithm, epilogue):
-    operands = inputs(case, dtype)
-    keep = {"none": ["x", "w"], "scale_shift_relu": ["x", "w", "scale", "shift"], "all": list(operands)}[epilogue]
-    operands = {name: operands[name] for name in keep}
+    keep = {"none": "x w", "scale_shift_relu": "x w scale shift", "all": "x w scale shift residual"}[epilogue].split()
     relu = epilogue != "none"
-    y = conv(case, default(algorithm), relu=relu, **operands)
-    check(case, algorithm, dtype, y, relu=relu, **operands)
+
+    def draw():
+        operands = {name: value for name, value in inputs(case, dtype).items() if name in keep}
+        return conv(case, default(algorithm), relu=relu, **operands), operands | {"relu": relu}
+
+    check(case, algorithm, dtype, draw)
 
 
 @each_run
@@ -242,10 +267,12 @@ def test_rms_error_in_float32(name, bound, channels, size):
 
 @each_run
 def test_fold_multiplies_filters(case, dtype, algorithm):
-    operands = inputs(case, dtype)
-    x, w, fold = operands["x"], operands["w"], torch.rand(case.K) + 0.5
-    y = conv(case, default(algorithm), x, w, fold=fold)
-    check(case, algorithm, dtype, y, x=x, w=w * fold.view(-1, 1, 1, 1))
+    def draw():
+        operands = inputs(case, dtype)
+        x, w, fold = operands["x"], operands["w"], torch.rand(case.K) + 0.5
+        return conv(case, default(algorithm), x, w, fold=fold), {"x": x, "w": w * fold.view(-1, 1, 1, 1)}
+
+    check(case, algorithm, dtype, draw)
 
 
 @each_run
@@ -290,10 +317,13 @@ def test_heuristic_and_candidates_can_run():
 def test_every_candidate_is_right():
     for case in [*CASES[:4], replace(CASES[6], N=3), *CASES[16:18]]:
         for dtype in DTYPES:
-            operands = inputs(case, dtype)
             for config in _C.conv_candidates(case.sizes, DTYPES.index(dtype), 2):
-                y = conv(case, config, relu=True, threads=2, **operands)
-                check(case, config[0], dtype, y, relu=True, **operands)
+
+                def draw(case=case, dtype=dtype, config=config):
+                    operands = inputs(case, dtype)
+                    return conv(case, config, relu=True, threads=2, **operands), operands | {"relu": True}
+
+                check(case, config[0], dtype, draw)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
