@@ -295,11 +295,12 @@ def test_late_rounds_are_left_out(tmp_path: Path) -> None:
     assert len(eager.medians) == timer.MIN_ROUNDS
 
 
-def test_the_suite_leaves_torch_compile_out_of_training() -> None:
+def test_what_the_suite_leaves_out() -> None:
     args = bench.parser().parse_args(["suite", "--device", "cpu"])
     found = {str(case): bench.engines_of(args, case) for case in bench.cases_of(args)}
     assert len(found) == 6
     assert all(("compile" in names) == text.startswith("infer") for text, names in found.items())
+    assert all("eager" in names and "eager_nchw" not in names for names in found.values())
     args = bench.parser().parse_args(["suite", "--device", "cpu", "--engines", "eager,compile"])
     assert all(bench.engines_of(args, case) == ["eager", "compile"] for case in bench.cases_of(args))
 
