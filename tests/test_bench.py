@@ -14,7 +14,7 @@ from resnet_fast.bench import cases, engines, operators, report, roofline, timer
 from resnet_fast.bench.cases import BenchError, Case
 from resnet_fast.bench.timer import Result
 
-pytest.importorskip("torchvision")
+pytest.importorskip("torchvision", reason="torchvision is not installed")
 
 MACHINE = roofline.Machine({"float32": 100.0, "bfloat16": 200.0}, 20.0, "made up")
 
@@ -71,7 +71,7 @@ def test_machine_is_measured() -> None:
 
 
 def test_photographs_are_preprocessed_as_for_imagenet() -> None:
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     x = cases.photographs(5, 64)
     assert x.shape == (5, 3, 64, 64)
     assert torch.equal(x, cases.photographs(5, 64))
@@ -161,7 +161,7 @@ def test_the_law(tmp_path: Path, dtype: str, exact: bool, factor: int) -> None:
 
 
 def test_report_shows_failures_and_files_keep_everything(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     runs = []
     for mode, batch in (("infer", 1), ("train", 16)):
         found = results(resnet_fast=[0.010, 0.011], eager=[0.020, 0.021], eager_nchw=[0.03, 0.04], compile=[])

@@ -105,7 +105,7 @@ def test_a_file_others_may_write_is_not_trusted(mode):
     assert json.loads(file.read_text())["choices"] == {"mine": "cpu"}, "nothing of it may be merged"
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners here")
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system's files have no owner to check")
 def test_a_foreign_owned_file_is_not_trusted(monkeypatch):
     write(good())
     owner = os.getuid()
@@ -203,7 +203,7 @@ def test_many_threads_measure_once(monkeypatch):
     assert all(torch.equal(r, X + i + 1) for i, r in enumerate(results))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork a process")
 def test_fork_while_another_thread_measures(monkeypatch):
     """A child forked in the middle of a measurement inherits locks nobody will release; it must not wait for them."""
     fake_rooms(monkeypatch, cpu=0.0, eager=0.05)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import resnet_fast
 from tests.model_law import away_from_kinks
 
-distributed = pytest.importorskip("torch.distributed")
+distributed = pytest.importorskip("torch.distributed", reason="torch was built without distributed")
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed")
 
 WORLD = 2

@@ -24,7 +24,7 @@ RF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 RF_INLINE int64_t round_up(int64_t n, int64_t grain) { return (n + grain - 1) / grain * grain; }
 
 // Few enough chunks that their partial sums stay in cache, few enough rows that float32 sums stay accurate: chunks' errors
-// average out, so few chunks must be short ones (100 rows in chunks of 64: 2.7 roundings of the variance, of 8: half a one).
+// average out, so few chunks must be short ones (256 rows in chunks of 64: gradients that cancel had twice eager's error).
 inline int64_t chunk_rows(int64_t rows) {
   const int64_t wanted = round_up((rows + 127) / 128, 8), shortest = least(64, round_up(rows / 24 + 1, 8));
   return wanted < shortest ? shortest : least(wanted, 512);

@@ -138,9 +138,8 @@ def engines_of(args: argparse.Namespace, case: Case) -> list[str]:
     the best peer: eager in NCHW, level with channels_last at its best, and compiling training steps."""
     if args.engines:
         return args.engines
-    skip = ("eager_nchw",) if args.command == "suite" else ()
-    if skip and case.mode == "train":
-        skip += ("compile", "compile_graphs")
+    left_out = {"infer": ("eager_nchw",), "train": ("eager_nchw", "compile", "compile_graphs")}
+    skip = left_out[case.mode] if args.command == "suite" else ()
     return [name for name in engines.defaults(case) if name not in skip]
 
 

@@ -13,7 +13,7 @@ from resnet_fast import models
 from resnet_fast.models.resnet import ARCHITECTURES
 from tests.model_law import away_from_kinks
 
-torchvision = pytest.importorskip("torchvision")
+torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 
 SMALL = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]
 
