@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,52 @@ def test_late_rounds_are_left_out(tmp_path: Path) -> None:
     assert len(eager.medians) == timer.MIN_ROUNDS
 
 
+def test_engines_that_are_not_ready_in_time_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kernels that compile at first sight cannot take the whole run beyond its end; what was not run is said to be so."""
+    case = Case("infer", "resnet18", 1, size=32, data="random")
+    (late,) = timer.measure(case, ["eager"], 3, 0.001, tmp_path, end=time.perf_counter() + 0.01)
+    assert "no answer in 1 s" in late.failed or "left out" in late.failed
+    file = tmp_path / "r.csv"
+    chosen = ["--engines", "resnet_fast,eager", "--device", "cpu", "--at-most", "1e-9", "--csv", str(file)]
+    assert bench.main(["infer", "--model", "resnet18", "--batch", "1", *chosen, *SMALL]) == 1
+    assert "resnet_fast failed: left out: no time was left" in capsys.readouterr().out
+    assert "left out" in file.read_text()
+
+
+def test_an_ended_run_leaves_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = results(resnet_fast=[0.010], eager=[0.020])
+    timer.compare(found)
+
+    def measure(case: Case, *rest: object) -> list[Result]:
+        if case.batch == 2:
+            raise KeyboardInterrupt
+        return list(found.values())
+
+    monkeypatch.setattr(timer, "measure", measure)
+    monkeypatch.setattr(roofline, "measure", lambda *a: MACHINE)
+    files = [f"--{kind}={tmp_path / kind}" for kind in ("csv", "json")]
+    options = ["--engines", "resnet_fast,eager", "--device", "cpu"]
+    assert bench.main(["infer", "--model", "resnet18", "--batch", "1,2", *options, *SMALL, *files]) == 130
+    assert len((tmp_path / "csv").read_text().splitlines()) == 3
+    assert len(json.loads((tmp_path / "json").read_text())["results"]) == 1
+
+
+def test_exact_gradients_where_a_cards_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float64 step is tried on the device; without the memory for it the CPU's result is the same."""
+    model, x, target = torch.nn.Linear(3, 4).double(), torch.randn(2, 3).double(), torch.tensor([1, 3])
+    wanted, real, devices = cases.exact_step(model, x, target, "cpu"), cases.step, []
+
+    def step(*args):
+        devices.append(args[1].device.type)
+        if args[1].device.type == "meta":
+            raise torch.OutOfMemoryError("made up")
+        return real(*args)
+
+    monkeypatch.setattr(cases, "step", step)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    assert torch.equal(cases.exact_step(model, x, target, "meta"), wanted) and devices == ["meta", "cpu"]
+
+
 def test_what_the_suite_leaves_out() -> None:
     args = bench.parser().parse_args(["suite", "--device", "cpu"])
     found = {str(case): bench.engines_of(args, case) for case in bench.cases_of(args)}
@@ -327,6 +374,7 @@ def test_a_card_alone_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ["bfloat16"],
         6,
     )
+    assert args.at_most < 9, "the run ends by itself, however long kernels compile"
     assert own.batch == [8] and own.train_batch == [128]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     made = bench.cases_of(args)

@@ -83,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
             "--minutes", type=float, help="leave rounds out (not below 3) to end in about this time [suite 4.5]"
         )
         p.add_argument(
+            "--at-most", type=float, metavar="MINUTES", help="engines not ready by then are left out [no limit]"
+        )
+        p.add_argument(
             "--exact", action="store_true", help="no Winograd convolutions; the law is then twice eager's error"
         )
         p.add_argument("--plot", type=Path, metavar="FILE", help="PNG, SVG or PDF")
@@ -162,6 +165,7 @@ def compare(args: argparse.Namespace) -> int:
         if name not in engines.LEGEND:
             raise BenchError(f"--engines: wanted some of {', '.join(engines.LEGEND)}, got {name!r}")
     console = Console(stderr=True)
+    end = begin + 60 * args.at_most if args.at_most else float("inf")
     columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     runs: list[report.Run] = []
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console, transient=True) as progress:
@@ -174,9 +178,10 @@ def compare(args: argparse.Namespace) -> int:
                 progress.update(task, advance=1, description=text)
 
             progress.update(task, description=f"{case}: computing the float64 result")
-            results = timer.measure(case, names, args.rounds, args.seconds, Path(folder), tell, deadline)
+            results = timer.measure(case, names, args.rounds, args.seconds, Path(folder), tell, deadline, end)
             runs.append((case, results, machine.floor(case, roofline.layers(case.model, case.size))))
             print("\n" + report.table(runs[-1]), flush=True)
+            write(args, runs, machine, picture=False)  # a run that is ended leaves what it measured
     print("\n" + report.notes(runs, machine))
     if args.command == "suite" and not args.engines:
         print(
@@ -189,7 +194,9 @@ def compare(args: argparse.Namespace) -> int:
     return 0 if all(r.correct for r in own) else 1
 
 
-def write(args: argparse.Namespace, runs: list[report.Run], machine: roofline.Machine) -> list[Path]:
+def write(
+    args: argparse.Namespace, runs: list[report.Run], machine: roofline.Machine, picture: bool = True
+) -> list[Path]:
     """The files asked for; a suite writes all three, named after the day and the hardware."""
     paths = {"csv": args.csv, "json": args.json, "png": args.plot}
     if args.command == "suite":
@@ -203,7 +210,7 @@ def write(args: argparse.Namespace, runs: list[report.Run], machine: roofline.Ma
         report.write_csv(runs, paths["csv"])
     if paths["json"]:
         report.write_json(runs, machine, paths["json"])
-    if paths["png"]:
+    if paths["png"] and picture:
         report.plot(runs, paths["png"])
     return [path for path in paths.values() if path]
 
@@ -260,7 +267,7 @@ def _show_launches(args: argparse.Namespace) -> None:
 
 
 #: What `--device cuda` alone runs: chosen to end well under 9 minutes on one card, unattended.
-CARD = {"--batch": "1,64", "--train-batch": "128", "--dtype": "bfloat16", "--minutes": "6"}
+CARD = {"--batch": "1,64", "--train-batch": "128", "--dtype": "bfloat16", "--minutes": "6", "--at-most": "8"}
 
 
 def completed(arguments: list[str]) -> list[str]:

@@ -111,6 +111,7 @@ def measure(
     folder: Path,
     progress: Callable[[str], None] = lambda text: None,
     deadline: float = float("inf"),
+    end: float = float("inf"),
 ) -> list[Result]:
     """Run every engine of a case.
 
@@ -122,6 +123,8 @@ def measure(
         folder: for the case's files.
         progress: called with a text whenever a step is done (one per engine, then one per engine and round).
         deadline: of `time.perf_counter`; rounds beyond `MIN_ROUNDS` are left out after it.
+        end: of `time.perf_counter`; an engine that is not ready by then is ended and counts as failed, for kernels that
+            compile at first sight may take longer than everything else together.
 
     Returns:
         A result per engine; failed ones carry the reason.
@@ -133,10 +136,17 @@ def measure(
     try:
         for group in ([[n] for n in first], [[n for n in names if n not in first]]):
             for together in group:
+                if time.perf_counter() > end:
+                    for name in together:
+                        results[name].failed = "left out: no time was left to make it ready"
+                        progress(f"{case}: {name} left out")
+                    continue
                 for name in together:
                     workers[name] = Worker(name, path, case)
                 for name in together:
-                    answer = workers[name].ask(None, SETUP_LIMIT)
+                    # Those made ready together may all be waiting in their pipes: a second is enough for an answer.
+                    left = max(end - time.perf_counter(), 1.0)
+                    answer = workers[name].ask(None, min(SETUP_LIMIT, left))
                     results[name].failed = answer.get("failed")
                     results[name].setup = answer.get("setup", 0.0)
                     progress(f"{case}: {name} {'failed' if results[name].failed else 'ready'}")
