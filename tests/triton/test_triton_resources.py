@@ -1,5 +1,9 @@
 """Facts of the compiled code the design relies on, for several cards, without one."""
 
+import csv
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -83,6 +87,28 @@ def test_statistics_add_few_shuffles():
     launch = next(x for x in launches if x.name == "gather_gemm" and x.args.get("part_ptr") is not None)
     found = gpu.resources(gpu.compile_for(launch, 100))
     assert found["shuffles"] <= 100 and found["spills"] == 0, found
+
+
+@pytest.mark.parametrize("target", [80, 86, 90, 100, "gfx942"])
+def test_committed_table(target):
+    """It has a line for every kernel and tile that the choosers may pick today, and its figures keep the bars."""
+    with open(Path(__file__).parents[2] / "benchmarks/results/triton_resources.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["target"] == str(target)]
+    words = ("kernel", "problem", "dtype", "tile", "warps", "stages")
+    listed = Counter(tuple(row[w] for w in words) for row in rows)
+    now = Counter(
+        (launch.name, problem, dtype, gpu.tile_of(launch), str(launch.warps), str(launch.stages))
+        for problem, dtype, launch in gpu.all_launches(target)
+    )
+    assert now == listed, "python -m resnet_fast.bench.gpu_resources writes it anew"
+    for row in rows:
+        assert int(row["spills"]) == 0, row
+        assert int(row["shared"]) <= (65536 if target == "gfx942" else gpu.SHARED[target]), row
+        assert int(row["matrix"]) > 0 or row["kernel"] not in MATRIX, row
+        if row["kernel"] in STREAMS and target != "gfx942":
+            assert int(row["loads_128"]) > 0 and (
+                row["stores_128"] == row["stores"] or row["kernel"] == "bn_backward_reduce"
+            ), row
 
 
 @pytest.mark.proof
