@@ -23,7 +23,7 @@ class Bottlenecks(torch.nn.Module):
 
     def forward(self, x):
         """Logits."""
-        x = nn.fused.stem(x, self.stem.conv, self.stem.bn, self.pool)
+        x = nn.fused.stem(x, [(self.stem.conv, self.stem.bn)], self.pool)
         return self.fc(self.blocks(x).mean((2, 3)))
 
 
