@@ -107,6 +107,7 @@ def _draw(ours, plain, make, wants, kink) -> float:
                 double = {k: v.double() if _floating(v) else v for k, v in single.items()}
                 truth32 = run(plain, double, wants, weight)
                 error = _worse(plain, single, wants, weight, truth32)[name] - truth32[name]
+                error = error.nan_to_num(0.0, 0.0, 0.0)  # infinities less themselves
                 told = truth[name] + error * (torch.finfo(torch.float64).eps / narrow)
                 eager[name] = max(told, eager[name], key=lambda t, name=name: _distance(t, truth[name]))
             for place, result in zip(found.setdefault(name, ([], [], [])), (mine, eager, truth), strict=True):

@@ -47,6 +47,7 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, dbias as far as wanted (empty where not)."""
     none, window = x.new_empty(0), (stride, padding, dilation, groups)
+    dy = common.channels_last(dy)  # once for the weight's and the bias's gradient, whose sums then have one order
     dx = conv_cpu.data_gradient(dy, x, weight, *window) if wants[0] else none
     dw = conv_cpu.weight_gradient(dy, x, weight, *window) if wants[1] else none.clone()
     if wants[1] and weight.shape[2:].numel() > 1 and not dw.sum().isfinite():
