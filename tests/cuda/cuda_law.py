@@ -26,7 +26,7 @@ def vectors(c, seed=0, negative=True) -> tuple[Tensor, Tensor]:
     return gamma, beta
 
 
-def assert_lawful(got: Tensor, eager: Tensor, exact: Tensor, what: str = "", size: float = 0.0) -> None:
+def assert_lawful(got: Tensor, eager: Tensor, exact: Tensor, what: str = "", size: float | Tensor = 0.0) -> None:
     """Compare with float64: |got - exact| <= 2 max|eager - exact| + one rounding of the dtype, at every element.
 
     The arithmetic is float32's, and a sum that cancels is rounded at the size of its terms: one such rounding of `size`.
