@@ -67,7 +67,7 @@ def good(choices=None):
 @pytest.mark.parametrize(
     "text",
     [
-        b"", b"{", b"\xff\xfe\x00garbage", b"null", b"[]", b"3", b'{"format": 2}', b"[" * 100_000,
+        b"", b"{", b"\xff\xfe\x00garbage", b"null", b"[]", b"3", b'{"format": 3}', b"[" * 100_000,
         json.dumps({"format": _choices.FORMAT, "machine": "another", "choices": {"k": "eager"}}).encode(),
     ],
     ids=["empty", "truncated", "binary", "null", "list", "number", "keys missing", "deeply nested", "another machine"],

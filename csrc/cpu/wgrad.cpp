@@ -1,8 +1,11 @@
 // The weight gradient of any convolution on the CPU: dw[k][(r, s, c)] = sum over pixels of dy[pixel][k] x[tap of pixel][c],
 // a GEMM whose depth is the pixels. 2*N*P*Q*K*R*S*C/groups flops; x, dy read once where a block of pixels stays in cache.
-// A block of pixels: the team packs dy into strips of filters and x, tap by tap, into panels of columns (3 cycles a vector
-// for K cycles of products: copying x for every tap costs less than walking it with strides), then every thread runs its own
-// tiles of dw over all of it. A tile has one owner and one order of blocks: the same bits for any team.
+// Floats are multiplied where they lie (x where every pixel of it is one of dy's, as in a 1x1 convolution); what must be
+// gathered by taps or joined in pairs of pixels is packed by the team, a block of pixels at a time, into rows as dense as
+// a tensor's. Every thread then runs its own tiles of dw over all of the block: a tile has one owner and one order of
+// blocks, so the bits are the same for any team. While the tiles multiply they fetch the block after this one.
+// Tried and lost: packing strips of filters and panels of columns apart from each other, so that tiles read them with
+// stride 1: dozens of streams to write; 56x56, 64 to 256 took 11.3 ms in float32, of which the tiles took 7.4.
 // bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not.
 #include "../conv_backward.h"
 #include "conv_algorithms.h"
@@ -16,98 +19,140 @@ namespace {
 
 constexpr int64_t kLeastBlock = 1 << 17, kMostBlock = 1 << 21;  // words of packed dy and x
 
-template <class Word>
+template <class T, class Word>
 struct Plan {
   static constexpr int kElements = WordOf<Word>::kElements;  // pixels of a word
+  static constexpr bool kDirect = sizeof(T) == sizeof(Word);
   const ConvShape& s;
   int64_t pixels, channels, cols, panels;  // of one group
   Strips strips;
-  int64_t chain, block, blocks;  // words of depth
-  int64_t stride;                // words of depth between strips and panels: odd, or they would share L1 sets
-  int64_t dy_words, x_words;
+  int64_t depth, chain, block, blocks;  // words of depth
+  bool x_direct;
+  int64_t dy_row, x_row;  // words from step to step of depth
 
   explicit Plan(const ConvShape& shape) : s(shape), strips(shape.K / shape.groups) {
     pixels = s.N * s.P * s.Q;
     channels = s.C / s.groups;
     cols = s.R * s.S * channels;
     panels = ceil_div(cols, int64_t(kPanel));
-    const int64_t depth = ceil_div(pixels, int64_t(kElements)), each = s.groups * (strips.count * kStripStride + panels * kPanel);
+    x_direct = kDirect && s.R * s.S * s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0 && channels % kPanel == 0;
+    dy_row = kDirect ? s.K : packed_row(s.K);
+    x_row = x_direct ? s.C : packed_row(s.groups * panels * kPanel);
+    depth = ceil_div(pixels, int64_t(kElements));
     // Sums join memory about sqrt(depth) times, each about sqrt(depth) long.
     chain = 28;
     while (chain < 224 && chain * chain < depth) chain *= 2;
     // A block as large as the sums it is added to: both are read once a block.
     const int64_t words = smaller(larger(s.K * cols, kLeastBlock), kMostBlock);
-    blocks = ceil_div(depth, larger(round_up(words / each, chain), 2 * chain));
+    blocks = ceil_div(depth, larger(round_up(words / (dy_row + x_row), chain), 2 * chain));
     block = round_up(ceil_div(depth, blocks), chain);
     blocks = ceil_div(depth, block);
-    stride = block | 1;
-    dy_words = s.groups * strips.count * stride * kStripStride;
-    x_words = s.groups * panels * stride * kPanel;
   }
+  // An odd number of cache lines: rows a power of two apart would share the caches' sets.
+  static int64_t packed_row(int64_t words) { return (ceil_div(words, int64_t(kLanes)) | 1) * kLanes; }
+  int64_t dy_words() const { return kDirect ? 0 : block * dy_row; }  // packed
+  int64_t x_words() const { return x_direct ? 0 : block * x_row; }
   int64_t tiles() const { return s.groups * panels * strips.count; }
 };
 
 // Words of n <= kLanes columns from one pixel, or from two (the second null: zeros).
 template <class T>
 RF_INLINE void put(float* out, const T* a, const T*, int n) {
-  n >= kLanes ? store(out, load(a)) : store(out, load_n(a, n));
+  n >= kLanes ? store(out, load(a)) : store_n(out, load_n(a, n), n);
 }
 #if defined(__AVX512BF16__)
 RF_INLINE void put(Pair* out, const bf16* a, const bf16* b, int n) {
   const __mmask16 mask = n >= kLanes ? __mmask16(0xffff) : first(n);
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a));
   const __m512i high = b ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b)), 16) : _mm512_setzero_si512();
-  _mm512_storeu_si512(out, _mm512_or_si512(low, high));
+  _mm512_mask_storeu_epi32(out, mask, _mm512_or_si512(low, high));
 }
 #endif
+template <class T, class Word>
+RF_INLINE void put_row(Word* out, const T* a, const T* b, int64_t n) {
+  for (int64_t c = 0; c < n; c += kLanes) put(out + c, a + c, b ? b + c : nullptr, int(smaller(n - c, int64_t(kLanes))));
+}
 
 template <class T, class Word>
 class WgradGemm {
+  using Plan = RF_ISA::Plan<T, Word>;
   static constexpr int kElements = WordOf<Word>::kElements;
   static constexpr int64_t kTile = kTileRows * kPanel;
 
  public:
-  WgradGemm(const WgradArgs& a, const Plan<Word>& p, Word* buffer, const Team& team) : a_(a), s_(a.shape), p_(p), team_(team), buffer_(buffer) {}
+  WgradGemm(const WgradArgs& a, const Plan& p, Word* buffer, const Team& team) : a_(a), s_(a.shape), p_(p), team_(team), buffer_(buffer) {}
 
   // Two buffers where there are several blocks, so that a team packs a block while its last still multiplies; the sums of
-  // all tiles, or one tile a thread where one block is all; two pixels' columns a thread and a pixel of zeros.
-  static int64_t words(const Plan<Word>& p, int threads) {
-    const int64_t sums = (p.blocks > 1 ? p.tiles() : threads) * kTile;
-    return (p.blocks > 1 ? 2 : 1) * (p.dy_words + p.x_words) + sums + threads * row_words(p) * 2 + zero_words(p);
+  // all tiles, or one tile a thread where one block is all; a pixel of zeros.
+  static int64_t words(const Plan& p, int threads) {
+    return (p.blocks > 1 ? 2 : 1) * (p.dy_words() + p.x_words()) + (p.blocks > 1 ? p.tiles() : threads) * kTile + zero_words(p);
   }
-  static int64_t row_words(const Plan<Word>& p) { return p.panels * kPanel; }
-  static int64_t zero_words(const Plan<Word>& p) { return round_up(p.s.C, int64_t(kPanel)); }
+  static int64_t zero_words(const Plan& p) { return round_up(p.s.C, int64_t(kPanel)); }
 
   void run() {
-    const int64_t block_words = p_.dy_words + p_.x_words;
+    const int64_t block_words = p_.dy_words() + p_.x_words();
     float* sums = reinterpret_cast<float*>(buffer_ + (p_.blocks > 1 ? 2 : 1) * block_words);
-    float* rows = sums + (p_.blocks > 1 ? p_.tiles() : team_.size) * kTile;
-    zeros_ = reinterpret_cast<const T*>(rows + team_.size * row_words(p_) * 2);
-    row_ = reinterpret_cast<T*>(rows + team_.rank * row_words(p_) * 2);
-    const Range zero = team_.share(zero_words(p_));
-    std::memset(rows + team_.size * row_words(p_) * 2 + zero.begin, 0, size_t(zero.size()) * 4);
-    std::memset(static_cast<void*>(row_), 0, size_t(row_words(p_)) * 2 * 4);
+    float* zeros = sums + (p_.blocks > 1 ? p_.tiles() : team_.size) * kTile;
+    zeros_ = reinterpret_cast<const T*>(zeros);
+    const Range zero = team_.share(zero_words(p_)), mine = team_.share(p_.tiles());
+    std::memset(zeros + zero.begin, 0, size_t(zero.size()) * 4);
     team_.sync();
-    const Range mine = team_.share(p_.tiles());
-    const int64_t depth = ceil_div(p_.pixels, int64_t(kElements));
     for (int64_t block = 0; block < p_.blocks; ++block) {
-      const int64_t begin = block * p_.block, end = smaller(begin + p_.block, depth);
-      Word *dy = buffer_ + block % 2 * block_words, *x = dy + p_.dy_words;
-      const Range part = team_.share(end - begin);
-      Pixel at(s_, (begin + part.begin) * kElements);
-      for (int64_t i = part.begin; i < part.end; ++i) pack(at, dy + i * kStripStride, x + i * kPanel);
-      team_.sync();  // whoever passes has left the block before: its buffer is free for the next
+      const Range words{block * p_.block, smaller((block + 1) * p_.block, p_.depth)};
+      Word* packed = buffer_ + block % 2 * block_words;
+      if (block_words > 0) {
+        pack(words, packed);
+        team_.sync();  // whoever passes has left the block before: its buffer is free for the next
+      }
+      const Range next{words.end, smaller(words.end + p_.block, p_.depth)};
+      Stream ahead[2] = {dy_stream(next, mine.size() * words.size()), x_stream(next, mine.size() * words.size())};
       for (int64_t i = mine.begin; i < mine.end; ++i) {
-        const int64_t strip = i % p_.strips.count, panel = i / p_.strips.count, group = panel / p_.panels;
-        float* tile = sums + (p_.blocks > 1 ? i : team_.rank) * kTile;
-        kOuterTiles<Word>.at[p_.strips.height(strip)](dy + (group * p_.strips.count + strip) * p_.stride * kStripStride, x + panel * p_.stride * kPanel, end - begin, p_.chain, tile, block == 0);
-        if (block == p_.blocks - 1) write(group, panel % p_.panels, strip, tile);
+        const Tile tile = tile_at(i);
+        float* sum = sums + (p_.blocks > 1 ? i : team_.rank) * kTile;
+        kOuterTiles<Word>.at[p_.strips.height(tile.strip)](dy_rows(words, tile, packed), x_columns(words, tile, packed + p_.dy_words()), words.size(), p_.chain, sum, block == 0, ahead);
+        if (block == p_.blocks - 1) write(tile, sum);
       }
     }
   }
 
  private:
-  // An output pixel and the input pixel under its first tap; successors without a division.
+  struct Tile {
+    int64_t group, strip, panel;
+  };
+  // The larger operand's part stays while the smaller one's, which may all be in L2, are walked.
+  Tile tile_at(int64_t i) const {
+    const int64_t each = p_.strips.count * p_.panels, group = i / each, at = i % each;
+    if (s_.K / s_.groups > p_.cols) return {group, at / p_.panels, at % p_.panels};
+    return {group, at % p_.strips.count, at / p_.strips.count};
+  }
+  Operand<Word> dy_rows(Range words, const Tile& t, const Word* packed) const {
+    const int64_t k = t.group * (s_.K / s_.groups) + p_.strips.first(t.strip);
+    if constexpr (Plan::kDirect) packed = static_cast<const T*>(a_.dy) + words.begin * s_.K;
+    return {packed + k, p_.dy_row};
+  }
+  Operand<Word> x_columns(Range words, const Tile& t, const Word* packed) const {
+    if constexpr (Plan::kDirect)
+      if (p_.x_direct) packed = static_cast<const T*>(a_.x) + words.begin * s_.C;
+    return {packed + (t.group * p_.panels + t.panel) * kPanel, p_.x_row};
+  }
+
+  // The bytes of words of depth that this thread will read first: to multiply all, to pack its share.
+  Stream dy_stream(Range words, int64_t steps) const {
+    if (words.size() <= 0) return {};
+    const Range part = Plan::kDirect ? Range{0, words.size()} : team_.share(words.size());
+    const T* from = static_cast<const T*>(a_.dy) + (words.begin + part.begin) * kElements * s_.K;
+    return {from, part.size() * kElements * s_.K * int64_t(sizeof(T)), steps};
+  }
+  Stream x_stream(Range words, int64_t steps) const {
+    const int64_t area = s_.stride_h * s_.stride_w;  // pixels of x for one of dy
+    if (words.size() <= 0 || area > s_.R * s_.S) return {};  // few of the bytes in between are wanted
+    const Range part = p_.x_direct ? Range{0, words.size()} : team_.share(words.size());
+    const Pixel at(s_, (words.begin + part.begin) * kElements);
+    const T* from = static_cast<const T*>(a_.x) + ((at.n * s_.H + at.p * s_.stride_h) * s_.W + at.q * s_.stride_w) * s_.C;
+    return {from, part.size() * kElements * area * s_.C * int64_t(sizeof(T)), steps};
+  }
+
+  // An output pixel; successors without a division.
   struct Pixel {
     const ConvShape& s;
     int64_t index, n, p, q;
@@ -121,68 +166,48 @@ class WgradGemm {
     }
   };
 
-  // The next word of depth: a row of dy's strips and a row of x's panels.
-  void pack(Pixel& at, Word* dy, Word* x) {
-    const T* from = static_cast<const T*>(a_.dy) + at.index * s_.K;
-    const T* image0 = static_cast<const T*>(a_.x) + at.n * s_.H * s_.W * s_.C;
-    const int64_t h0 = at.p * s_.stride_h - s_.pad_h, w0 = at.q * s_.stride_w - s_.pad_w;
-    at.next();
-    const bool both = kElements > 1 && at.index < p_.pixels;
-    const T* image1 = static_cast<const T*>(a_.x) + at.n * s_.H * s_.W * s_.C;
-    const int64_t h1 = at.p * s_.stride_h - s_.pad_h, w1 = at.q * s_.stride_w - s_.pad_w;
-    if (kElements > 1) at.next();
-    const int64_t filters = s_.K / s_.groups;
-    for (int64_t group = 0; group < s_.groups; ++group) {
-      for (int64_t strip = 0; strip < p_.strips.count; ++strip, dy += p_.stride * kStripStride) {
-        const int64_t k = p_.strips.first(strip), height = p_.strips.height(strip);
-        // A whole vector where dy has one: what lies beyond the strip's rows is never read.
-        for (int64_t n = 0; n < height; n += kLanes) {
-          const T* row = from + group * filters + k + n;
-          put(dy + n, row, both ? row + s_.K : nullptr, int(smaller(s_.K - group * filters - k - n, int64_t(kLanes))));
-        }
+  void pack(Range words, Word* packed) {
+    const Range part = team_.share(words.size());
+    Word *dy = packed + part.begin * p_.dy_row, *x = packed + p_.dy_words() + part.begin * p_.x_row;
+    Pixel at(s_, (words.begin + part.begin) * kElements);
+    for (int64_t i = part.begin; i < part.end; ++i, dy += p_.dy_row, x += p_.x_row) {
+      const Pixel one = at;
+      at.next();
+      const bool both = kElements > 1 && at.index < p_.pixels;
+      const Pixel two = at;
+      if (kElements > 1) at.next();
+      if constexpr (!Plan::kDirect) {
+        const T* row = static_cast<const T*>(a_.dy) + one.index * s_.K;
+        put_row(dy, row, both ? row + s_.K : nullptr, s_.K);
       }
+      if (!p_.x_direct) pack_taps(one, both ? &two : nullptr, x);
     }
-    const bool whole = p_.channels % kPanel == 0;
-    for (int64_t group = 0; group < s_.groups; ++group) {
-      const int64_t c0 = group * p_.channels;
-      T* rows[2] = {row_, row_ + p_.panels * kPanel};
+  }
+  // x under every tap of a pixel, or of two: [group][tap][channel].
+  void pack_taps(const Pixel& one, const Pixel* two, Word* x) const {
+    for (int64_t group = 0; group < s_.groups; ++group, x += p_.panels * kPanel) {
+      Word* out = x;
       for (int64_t r = 0; r < s_.R; ++r) {
-        for (int64_t t = 0; t < s_.S; ++t) {
-          const T* a = tap(image0, h0 + r * s_.dilation_h, w0 + t * s_.dilation_w) + c0;
-          const T* b = both ? tap(image1, h1 + r * s_.dilation_h, w1 + t * s_.dilation_w) + c0 : nullptr;
-          if (whole) {
-            for (int64_t c = 0; c < p_.channels; c += kPanel, x += p_.stride * kPanel) put_panel(x, a + c, b ? b + c : nullptr);
-            continue;
-          }
-          const int64_t to = (r * s_.S + t) * p_.channels;
-          copy(rows[0] + to, a, p_.channels);
-          if (b) copy(rows[1] + to, b, p_.channels);
+        for (int64_t t = 0; t < s_.S; ++t, out += p_.channels) {
+          const int64_t c = group * p_.channels;
+          put_row(out, tap(one, r, t) + c, two ? tap(*two, r, t) + c : nullptr, p_.channels);
         }
       }
-      if (whole) continue;
-      for (int64_t panel = 0; panel < p_.panels; ++panel, x += p_.stride * kPanel)
-        put_panel(x, rows[0] + panel * kPanel, both ? rows[1] + panel * kPanel : nullptr);
+      std::memset(static_cast<void*>(out), 0, size_t(p_.panels * kPanel - p_.cols) * sizeof(Word));
     }
   }
-  RF_INLINE const T* tap(const T* image, int64_t h, int64_t w) const {
-    return h >= 0 && h < s_.H && w >= 0 && w < s_.W ? image + (h * s_.W + w) * s_.C : zeros_;
-  }
-  static RF_INLINE void put_panel(Word* out, const T* a, const T* b) {
-    put(out, a, b, kLanes);
-    put(out + kLanes, a + kLanes, b ? b + kLanes : nullptr, kLanes);
-  }
-  static RF_INLINE void copy(T* to, const T* from, int64_t n) {
-    for (; n >= kLanes; n -= kLanes, to += kLanes, from += kLanes) store(to, load(from));
-    if (n > 0) store_n(to, load_n(from, int(n)), int(n));
+  RF_INLINE const T* tap(const Pixel& at, int64_t r, int64_t t) const {
+    const int64_t h = at.p * s_.stride_h - s_.pad_h + r * s_.dilation_h, w = at.q * s_.stride_w - s_.pad_w + t * s_.dilation_w;
+    return h >= 0 && h < s_.H && w >= 0 && w < s_.W ? static_cast<const T*>(a_.x) + ((at.n * s_.H + h) * s_.W + w) * s_.C : zeros_;
   }
 
   // dw of one tile from its sums, [row][kPanel]: columns are (r, s, c).
-  void write(int64_t group, int64_t panel, int64_t strip, const float* sums) const {
-    const int64_t k0 = group * (s_.K / s_.groups) + p_.strips.first(strip), rows = p_.strips.height(strip);
-    const int64_t last = smaller((panel + 1) * kPanel, p_.cols);
+  void write(const Tile& tile, const float* sums) const {
+    const int64_t k0 = tile.group * (s_.K / s_.groups) + p_.strips.first(tile.strip), rows = p_.strips.height(tile.strip);
+    const int64_t last = smaller((tile.panel + 1) * kPanel, p_.cols);
     for (int64_t k = 0; k < rows; ++k) {
       const float* in = sums + k * kPanel;
-      for (int64_t col = panel * kPanel; col < last;) {
+      for (int64_t col = tile.panel * kPanel; col < last;) {
         const int64_t tap = col / p_.channels, c = col % p_.channels, n = smaller(p_.channels - c, last - col);
         float* out = a_.dw + (k0 + k) * a_.stride_k + c * a_.stride_c + tap / s_.S * a_.stride_r + tap % s_.S * a_.stride_s;
         if (a_.stride_c == 1) std::memcpy(out, in, size_t(n) * 4);
@@ -194,16 +219,15 @@ class WgradGemm {
 
   const WgradArgs& a_;
   const ConvShape& s_;
-  const Plan<Word>& p_;
+  const Plan& p_;
   const Team& team_;
   Word* buffer_;
   const T* zeros_;
-  T* row_;
 };
 
 template <class T, class Word>
 void wgrad_any(const WgradArgs& a) {
-  const Plan<Word> p(a.shape);
+  const Plan<T, Word> p(a.shape);
   static_assert(sizeof(Word) == 4, "scratch is counted in words of four bytes");
   Word* buffer = reinterpret_cast<Word*>(scratch(size_t(WgradGemm<T, Word>::words(p, a.threads))));
   parallel(a.threads, [&](const Team& team) { WgradGemm<T, Word>(a, p, buffer, team).run(); });

@@ -1,6 +1,7 @@
 // The register tile of the weight gradients: up to kTileRows filters by one panel of input channels, summed over depth
 // (pixels, or Winograd tiles). A step of depth is one broadcast a filter and two loads: 2 * rows * kPanel flops.
-// Both operands are packed along depth, [step][kStripStride] and [step][kPanel], so that nothing strides.
+// A step's rows lie a stride apart, in a tensor or in a packed block: every line is read once a tile, so sets shared by
+// rows a power of two apart cost nothing in L1, and L2 brings two or three lines in the time of a step.
 // The sums join memory every `chain` steps: about the square root of the depth rounds least (32 steps always: 784
 // additions in one chain at 56x56 and 6 % of the time).
 #pragma once
@@ -8,8 +9,6 @@
 
 namespace rf {
 namespace RF_ISA {
-
-constexpr int kStripStride = 16;  // words from step to step in a strip: a cache line of floats
 
 // Filters cut into strips of even height: strip i is [first(i), first(i + 1)).
 struct Strips {
@@ -19,17 +18,49 @@ struct Strips {
   RF_INLINE int64_t height(int64_t i) const { return first(i + 1) - first(i); }
 };
 
+// Bytes to be brought into L2 while tiles multiply, `step` of them a step of depth. Packing alone waits for memory: at
+// 56x56, 64 to 256, it took a third of the time, at 18 GB/s.
+struct Stream {
+  const char* at = nullptr;
+  int64_t step = 0;
+
+  Stream() = default;
+  Stream(const void* begin, int64_t bytes, int64_t steps) : at(static_cast<const char*>(begin)), step(steps > 0 ? ceil_div(bytes, steps) : 0) {}
+  RF_INLINE void fetch() {
+    __builtin_prefetch(at, 0, 2);
+    at += step;
+  }
+  void fetch_step() {  // of more than a line
+    for (int64_t i = 0; i < step; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += step;
+  }
+};
+
+// A tile's rows of one operand, from step to step of depth `stride` words apart.
+template <class Word>
+struct Operand {
+  const Word* at;
+  int64_t stride;
+};
+
 // sums[row][kPanel] (+)= a^T b over `depth` words; `fresh`: sums hold nothing yet.
 template <int kRows, class Word>
-void outer_tile(const Word* a, const Word* b, int64_t depth, int64_t chain, float* sums, bool fresh) {
+void outer_tile(Operand<Word> a, Operand<Word> b, int64_t depth, int64_t chain, float* sums, bool fresh, Stream (&ahead)[2]) {
+  Stream first = ahead[0], second = ahead[1];  // in registers
+  RF_UNROLL for (int r = 0; r < kRows; ++r) {  // where dw is large its sums come from L3
+    __builtin_prefetch(sums + r * kPanel, 1);
+    __builtin_prefetch(sums + r * kPanel + kLanes, 1);
+  }
   while (depth > 0) {
     Vec acc[kRows][2];
     RF_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = zero();
     const int64_t steps = smaller(depth, chain);
-    for (int64_t i = 0; i < steps; ++i, a += kStripStride, b += kPanel) {
-      const auto b0 = fetch(b), b1 = fetch(b + kLanes);
+    for (int64_t i = 0; i < steps; ++i, a.at += a.stride, b.at += b.stride) {
+      const auto b0 = fetch(b.at), b1 = fetch(b.at + kLanes);
+      first.fetch();
+      second.fetch();
       RF_UNROLL for (int r = 0; r < kRows; ++r) {
-        const auto v = spread(a + r);
+        const auto v = spread(a.at + r);
         acc[r][0] = multiply_add(v, b0, acc[r][0]);
         acc[r][1] = multiply_add(v, b1, acc[r][1]);
       }
@@ -43,11 +74,13 @@ void outer_tile(const Word* a, const Word* b, int64_t depth, int64_t chain, floa
     }
     fresh = false;
   }
+  ahead[0] = first;
+  ahead[1] = second;
 }
 
 template <class Word>
 struct OuterTiles {
-  void (*at[kTileRows + 1])(const Word*, const Word*, int64_t, int64_t, float*, bool);
+  void (*at[kTileRows + 1])(Operand<Word>, Operand<Word>, int64_t, int64_t, float*, bool, Stream (&)[2]);
   template <int... I>
   static constexpr OuterTiles make(std::integer_sequence<int, I...>) {
     return {{nullptr, outer_tile<I + 1, Word>...}};

@@ -2,8 +2,9 @@
 // dw += A^T [ (G dy G^T) * (B^T x B) ] A with 36 products for 144, in float32 whatever the tensors are.
 // B is the forward's (winograd.h: points 0, +-3/4, +-3/2, infinity); A^T m A is linear, so the products are summed over all
 // tiles first (36 GEMMs of K x C, depth = tiles) and transformed once. 2*36/16*N*P*Q*K*C flops where tiles divide the image.
-// A block of tiles: the team transforms dy and x together into packed strips and panels, then every thread runs its own
-// (panel, point) GEMMs over all of it. Sums have one owner and one order of blocks: the same bits for any team.
+// A block of tiles: the team transforms dy and x together, point by point into rows of all filters and of all channels, then
+// every thread runs its own (panel, point) GEMMs over all of it, fetching the next point and the tensors of the next block
+// meanwhile. Sums have one owner and one order of blocks: the same bits for any team.
 // bf16 tensors are widened: a bf16 F(3x3, 2x2) needs 2.25 times fewer products at twice the rate, so no less time, and
 // rounds its transforms.
 #include "../conv_backward.h"
@@ -25,19 +26,22 @@ struct Plan {
   int64_t tiles_h, tiles_w, tiles, panels;
   Strips strips;
   int64_t block_tiles, blocks;
-  int64_t dy_point, x_point, sum_point;  // floats between points: odd lines, or all points would share an L1 set
+  int64_t dy_row, x_row;                 // floats from tile to tile, and
+  int64_t dy_point, x_point, sum_point;  // from point to point: odd lines, or they would share L1 sets
 
   explicit Plan(const ConvShape& shape) : s(shape), strips(shape.K) {
     tiles_h = ceil_div(s.P, int64_t(kOut));
     tiles_w = ceil_div(s.Q, int64_t(kOut));
     tiles = s.N * tiles_h * tiles_w;
     panels = ceil_div(s.C, int64_t(kPanel));
-    const int64_t each = kPoints * (strips.count * kStripStride + panels * kPanel);
+    dy_row = odd(s.K);
+    x_row = odd(panels * kPanel);
+    const int64_t each = kPoints * (dy_row + x_row);
     const int64_t fit = larger(kBlockFloats / each, kChainTiles);
     blocks = ceil_div(tiles, fit);
     block_tiles = ceil_div(tiles, blocks);
-    dy_point = odd(strips.count * block_tiles * kStripStride);
-    x_point = odd(panels * block_tiles * kPanel);
+    dy_point = odd(block_tiles * dy_row);
+    x_point = odd(block_tiles * x_row);
     sum_point = odd(strips.count * kTileRows * kPanel);
   }
   static int64_t odd(int64_t floats) { return int64_t(odd_lines(size_t(floats) * 4) / 4); }
@@ -113,7 +117,10 @@ class WgradWinograd {
       float* sums = all_sums + team_.rank * sum_floats;
       const Range mine = team_.share(p_.panels);
       for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
-        for (int64_t point = 0; point < kPoints; ++point) multiply(buffer_, p_.tiles, panel, point, sums, true);
+        for (int64_t point = 0; point < kPoints; ++point) {
+          Stream ahead[2] = {{buffer_ + (point + 1) % kPoints * p_.dy_point, p_.dy_point * 4, p_.strips.count * p_.tiles}, {}}, none[2];
+          multiply(buffer_, p_.tiles, panel, point, sums + point * p_.sum_point, true, ahead, none);
+        }
         for (int64_t strip = 0; strip < p_.strips.count; ++strip) write(panel, strip, sums);
       }
       return;
@@ -124,8 +131,19 @@ class WgradWinograd {
       float* at = buffer_ + block % 2 * block_floats;
       transform(begin, end, at);
       team_.sync();  // whoever passes has left the block before: its buffer is free for the next
-      for (int64_t i = mine.begin; i < mine.end; ++i)
-        multiply(at, end - begin, i / kPoints, i % kPoints, all_sums + i / kPoints * sum_floats, block == 0);
+      const int64_t after = block + 1 < p_.blocks ? p_.tiles * (block + 2) / p_.blocks : end;
+      const int64_t calls = mine.size() * p_.strips.count, steps = p_.panels * p_.strips.count * (end - begin);
+      Stream tensors[2] = {stream(a_.dy, s_.P, s_.Q, s_.K, {end, after}, calls), stream(a_.x, s_.H, s_.W, s_.C, {end, after}, calls)};
+      Stream ahead[2];
+      // Panels within a point: its rows stay in L2 for all of them.
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        const int64_t point = i / p_.panels, panel = i % p_.panels;
+        if (panel == 0 && point + 1 < kPoints) {
+          ahead[0] = {at + (point + 1) * p_.dy_point, p_.dy_point * 4, steps};
+          ahead[1] = {at + kPoints * p_.dy_point + (point + 1) * p_.x_point, p_.x_point * 4, steps};
+        }
+        multiply(at, end - begin, panel, point, all_sums + panel * sum_floats + point * p_.sum_point, block == 0, ahead, tensors);
+      }
     }
     team_.sync();
     const Range writes = team_.share(p_.panels * p_.strips.count);
@@ -153,11 +171,20 @@ class WgradWinograd {
     }
   }
 
+  // This thread's part of a tensor under some tiles: whole rows of tiles lie together.
+  Stream stream(const void* tensor, int64_t height, int64_t width, int64_t channels, Range tiles, int64_t steps) const {
+    const Range part = team_.share(tiles.size());
+    if (part.size() <= 0) return {};
+    const int64_t row = (tiles.begin + part.begin) / p_.tiles_w;  // of tiles
+    const int64_t pixel = (row / p_.tiles_h * height + row % p_.tiles_h * kOut) * width;
+    return {static_cast<const T*>(tensor) + pixel * channels, part.size() * kOut * kOut * channels * int64_t(sizeof(T)), steps};
+  }
+
   // Lines of the next tile and of the points about to be written are asked for a vector ahead: pixels and points are too
   // many streams for the hardware to follow, and without this every vector waited for memory (56x56x64: 10 ms of 17).
   void transform(int64_t begin, int64_t end, float* block) {
     const Range mine = team_.share(end - begin);
-    const int64_t depth = p_.block_tiles, channels = p_.panels * kPanel;
+    const int64_t channels = p_.panels * kPanel;
     if (mine.begin >= mine.end) return;
     Pixels places[2];
     locate(begin + mine.begin, places[mine.begin % 2]);
@@ -165,30 +192,27 @@ class WgradWinograd {
       const Pixels& here = places[t % 2];
       Pixels& next = places[(t + 1) % 2];
       locate(begin + smaller(t + 1, mine.end - 1), next);
-      for (int64_t strip = 0; strip < p_.strips.count; ++strip) {
-        const int64_t k = p_.strips.first(strip), rows = p_.strips.height(strip);
-        float* out = block + (strip * depth + t) * kStripStride;
-        fetch_points(strip + 1 < p_.strips.count ? out + depth * kStripStride : block + (t + 1) * kStripStride, p_.dy_point);
-        for (int i = 0; i < kOut * kOut; ++i) __builtin_prefetch(next.dy[i] + k);
-        // A whole vector where dy has one: what lies beyond the strip's rows is never read.
-        for (int64_t n = 0; n < rows; n += kLanes) gradient_tile(here.dy, k + n, int(smaller(s_.K - k - n, int64_t(kLanes))), out + n, p_.dy_point);
+      float* dy = block + t * p_.dy_row;
+      for (int64_t k = 0; k < s_.K; k += kLanes) {
+        fetch_points(k + kLanes < s_.K ? dy + k + kLanes : dy + p_.dy_row, p_.dy_point);
+        for (int i = 0; i < kOut * kOut; ++i) __builtin_prefetch(next.dy[i] + (next.dy[i] ? k : 0));
+        gradient_tile(here.dy, k, int(smaller(s_.K - k, int64_t(kLanes))), dy + k, p_.dy_point);
       }
-      float* out = block + kPoints * p_.dy_point + t * kPanel;
-      for (int64_t panel = 0; panel < channels; panel += kPanel, out += depth * kPanel) {
-        for (int64_t c = panel; c < panel + kPanel; c += kLanes) {
-          fetch_points(c == panel ? out + kLanes : panel + kPanel < channels ? out + depth * kPanel : out, p_.x_point);
-          for (int i = 0; i < kPoints; ++i) __builtin_prefetch(next.x[i] + (next.x[i] == zeros_ ? 0 : c));
-          input_tile<kOut, T, float>(here.x, {c, c + kLanes}, s_.C, kPanel, out - panel / kPanel * kPanel, kPanel, p_.x_point);
-        }
+      float* x = block + kPoints * p_.dy_point + t * p_.x_row;
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        fetch_points(c + kLanes < channels ? x + c + kLanes : x + p_.x_row, p_.x_point);
+        for (int i = 0; i < kPoints; ++i) __builtin_prefetch(next.x[i] + (next.x[i] == zeros_ ? 0 : c));
+        input_tile<kOut, T, float>(here.x, {c, c + kLanes}, s_.C, int(channels), x, 0, p_.x_point);
       }
     }
   }
 
-  void multiply(const float* block, int64_t tiles, int64_t panel, int64_t point, float* sums, bool fresh) {
-    const float* b = block + kPoints * p_.dy_point + point * p_.x_point + panel * p_.block_tiles * kPanel;
+  void multiply(const float* block, int64_t tiles, int64_t panel, int64_t point, float* sums, bool fresh, Stream (&ahead)[2], Stream (&tensors)[2]) {
+    const float *dy = block + point * p_.dy_point, *x = block + kPoints * p_.dy_point + point * p_.x_point + panel * kPanel;
     for (int64_t strip = 0; strip < p_.strips.count; ++strip) {
-      const float* a = block + point * p_.dy_point + strip * p_.block_tiles * kStripStride;
-      kOuterTiles<float>.at[p_.strips.height(strip)](a, b, tiles, kChainTiles, sums + point * p_.sum_point + strip * kTileRows * kPanel, fresh);
+      float* sum = sums + strip * kTileRows * kPanel;
+      for (Stream& s : tensors) s.fetch_step();
+      kOuterTiles<float>.at[p_.strips.height(strip)]({dy + p_.strips.first(strip), p_.dy_row}, {x, p_.x_row}, tiles, kChainTiles, sum, fresh, ahead);
     }
   }
 
