@@ -6,7 +6,7 @@ BENCH_ARGS ?=
 SOURCES := $(shell find csrc tools -type f -not -name '*.pyc') setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-ops test test-all lint format sanitize gpu-proof gpu info clean
+.PHONY: help bench bench-ops test test-all lint format sanitize gpu-proof gpu gpu-steps info clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,12 +69,17 @@ gpu-proof: .venv-test/.done  ## what can be proved about the GPU kernels without
 	.venv-test/bin/python -m pytest -n auto tests/triton tests/cuda -m 'proof or not proof' $(PYTEST_ARGS)
 	.venv-test/bin/python tools/cuda_resources.py --check
 
-gpu: .venv-bench/.done .venv-test/.done  ## on a machine with a GPU: tests, compute-sanitizer, benchmark
+# Unattended: ended after GPU_LIMIT seconds, the figures first. The benchmark names its files after the card.
+GPU_LIMIT ?= 540
+gpu: .venv-bench/.done .venv-test/.done  ## on a machine with a GPU, in 9 minutes: tests, benchmark, compute-sanitizer
+	timeout --kill-after=10 $(GPU_LIMIT) $(MAKE) --no-print-directory gpu-steps
+
+gpu-steps:
 	.venv-test/bin/python -m pytest -m gpu $(PYTEST_ARGS)
+	.venv-bench/bin/python -m resnet_fast.bench --device cuda $(BENCH_ARGS)
+	.venv-bench/bin/python tools/cuda_timing.py --csv "benchmarks/results/cuda-timing-$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-').csv"
 	compute-sanitizer --error-exitcode 1 .venv-test/bin/python -m pytest -m gpu tests/triton tests/cuda $(PYTEST_ARGS)
 	compute-sanitizer --tool racecheck --error-exitcode 1 .venv-test/bin/python -m pytest -m gpu tests/cuda $(PYTEST_ARGS)
-	.venv-bench/bin/python tools/cuda_timing.py --csv benchmarks/results/cuda_timing.csv
-	.venv-bench/bin/python -m resnet_fast.bench --device cuda $(BENCH_ARGS)
 
 info: .venv-bench/.done  ## what is built, what would run here, and why not
 	.venv-bench/bin/python -m resnet_fast.info

@@ -6,6 +6,8 @@ module. On CPUs the convolutions are oneDNN's fused ones where torch has them; o
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +15,12 @@ from torch import Tensor, nn
 
 from resnet_fast import backends
 from resnet_fast.convert import Row
-from resnet_fast.nn.program import Call, ConvBNAct, Program, Ref, resolve
+from resnet_fast.nn import fused
+from resnet_fast.nn.program import Call, ConvBNAct, MaxPool, Program, Ref, Stem, resolve
 from resnet_fast.ops import common
+from resnet_fast.ops.bn_act_max_pool2d.op import pool_window
 from resnet_fast.ops.conv_bn_act import onednn
+from resnet_fast.ops.recomputed_conv_bn_act.op import Pool
 
 
 class FoldedConv:
@@ -70,6 +75,31 @@ def fold(conv: nn.Conv2d | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return conv.weight.detach().double() * scale[:, None, None, None], shift
 
 
+class FoldedStem:
+    """A folded convolution with ReLU and the max pool behind it, which a room may have in one kernel."""
+
+    def __init__(self, conv: FoldedConv, pool: nn.MaxPool2d) -> None:
+        self.conv, self.pool = conv, pool
+        k, device = conv.bias.shape[0], conv.bias.device
+        # The norm is in the filters: the one that is named to the room leaves everything as it is.
+        self.norm = (torch.zeros(k, device=device), torch.ones(k, device=device))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        def parts() -> Tensor:
+            return fused.max_pool(self.conv(x, None), self.pool)
+
+        if x.dim() != 4:
+            return parts()
+        padding, stride, dilation, groups = self.conv.where
+        window = (list(stride), list(padding), list(dilation))
+        shape = common.convolution_shape(x, self.conv.weight, *window)
+        given = Pool(*(getattr(self.pool, name) for name in Pool._fields))
+        pool = [size for pair in pool_window(x.new_empty(shape, device="meta"), *given) for size in pair]
+        norm = (None, self.conv.bias, *self.norm)
+        arguments = (x, *(None,) * 4, self.conv.weight, None, *norm, None, False, 1.0, 0.0, True, *window, groups, pool)
+        return backends.run_whole("recomputed_conv_bn_act", "fwd", parts, *arguments)
+
+
 class FoldedProgram:
     """A traced model with its convolutions folded."""
 
@@ -83,13 +113,30 @@ class FoldedProgram:
                     self.folded[step.out] = FoldedConv(conv, bn, step.act, dtype)
                     conv.weight = None  # the folded copy is the only one left
         root.to(dtype)
+        self.stems: dict[Ref, FoldedStem] = {}
+        self._join_stems()
+
+    def _join_stems(self) -> None:
+        """Make one step of a folded convolution with ReLU and the max pool behind it, its only reader."""
+        steps, readers = list(self.program.steps), Counter(ref for step in self.program.steps for ref in step.reads())
+        for step, dead in zip(self.program.steps, self.program.dead):
+            if not isinstance(step, MaxPool) or step.x not in self.folded or readers[step.x] > 1 or step.x not in dead:
+                continue
+            made, pool = next(s for s in steps if s.out == step.x), resolve(self.root, step.pool)
+            if made.act == "relu" and made.residual is None and fused.why_not_pool(pool) is None:
+                steps[steps.index(step)] = Stem([made], step.pool, step.out)
+                steps.remove(made)
+                self.stems[step.out] = FoldedStem(self.folded.pop(step.x), pool)
+        self.program = replace(self.program, steps=steps)
 
     def __call__(self, x: Tensor) -> Any:
         values: list[Any] = [None] * self.program.size
         values[0] = common.channels_last(x) if x.dim() == 4 else x
         for step, dead in zip(self.program.steps, self.program.dead):
-            conv = self.folded.get(step.out)
-            if conv is None:
+            conv, stem = self.folded.get(step.out), self.stems.get(step.out)
+            if stem is not None:
+                values[step.out] = stem(values[step.links[0].x])
+            elif conv is None:
                 values[step.out] = step.run(self.root, values)
             else:
                 values[step.out] = conv(values[step.x], None if step.residual is None else values[step.residual])
@@ -104,10 +151,13 @@ class FoldedProgram:
             if isinstance(step, Call):
                 found.append(Row(str(step.target), step.kind, 0, "as the model has it"))
             else:
-                folded = self.folded.get(step.out)
+                stem = self.stems.get(step.out)
+                folded = self.folded.get(step.out) if stem is None else stem.conv
                 room = "oneDNN" if folded is not None and folded.onednn else "torch"
                 if folded is not None and folded.weight.device.type == "cuda":
                     room = "conv_bn_act, the fastest room measured"
-                name = ".".join(getattr(step, "conv", None) or getattr(step, "bn", None) or ("add_relu",))
-                found.append(Row(name, type(step).__name__, 1, f"by {room}"))
+                named = step if stem is None else step.links[0]
+                paths = (getattr(named, word, None) for word in ("conv", "bn", "pool"))
+                name = ".".join(next((path for path in paths if path), ("add_relu",)))
+                found.append(Row(name, type(step).__name__, 1 if stem is None else 2, f"by {room}"))
         return found

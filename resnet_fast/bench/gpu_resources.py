@@ -30,6 +30,7 @@ from resnet_fast.ops.conv2d import triton as conv2d
 from resnet_fast.ops.conv2d import triton_tiles
 from resnet_fast.ops.conv_bn_act import triton as conv_bn_act
 from resnet_fast.ops.max_pool2d import triton as max_pool2d
+from resnet_fast.ops.recomputed_conv_bn_act import triton as recomputed_conv_bn_act
 
 #: Compute capability -> shared memory one program may use, bytes.
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
@@ -175,8 +176,8 @@ LAYERS = (
 
 
 def convolution_launches(layer: tuple, dtype: torch.dtype) -> list[Launch]:
-    """Every candidate tile of a layer: the forward in evaluation with residual, in training with statistics and (but the
-    stem's) prologue, data gradient (not of the stem), weight gradient."""
+    """Every candidate tile of a layer: the forward in evaluation with residual, in training with statistics and prologue,
+    data gradient, weight gradient; of a stem with its pool in one kernel, without prologue and data gradient."""
     _, n, c, h, k, r, stride, padding = layer
     x, weight, vector = _meta(n, c, h, h, dtype=dtype), _meta(k, c, r, r, dtype=dtype), _meta(k)
     geometry = ([stride] * 2, [padding] * 2, [1, 1], 1)
@@ -191,6 +192,10 @@ def convolution_launches(layer: tuple, dtype: torch.dtype) -> list[Launch]:
                 norm = _meta(c)
                 before = conv2d.prologue(norm, norm, norm, norm, 1e-5)
                 conv2d.forward_statistics(x, weight, None, *geometry, before)
+            elif dtype != torch.float32:
+                norm, pool = (vector, vector, vector, vector), [3, 3, 2, 2, 1, 1, 1, 1, (p + 1) // 2, (p + 1) // 2]
+                none = (None,) * 4
+                recomputed_conv_bn_act.fwd(x, *none, weight, None, *norm, None, False, 1.0, 1e-5, True, *geometry, pool)
             conv2d.bwd(y, x, weight, False, *geometry, [c > 3, True, False])
 
     return record(run)
@@ -223,7 +228,7 @@ def all_launches(target: int | str) -> Iterator[tuple[str, str, Launch]]:
     for dtype in (torch.bfloat16, torch.float32):
         maps = ((64, 56), (2048, 7)) if dtype == torch.bfloat16 else ((64, 56),)
         cases = [(f"{c}@{h}", elementwise_launches(c, h, dtype)) for c, h in maps]
-        layers = LAYERS if dtype == torch.bfloat16 else (LAYERS[0], LAYERS[3])
+        layers = LAYERS if dtype == torch.bfloat16 else (LAYERS[0], LAYERS[3], LAYERS[-1])
         with triton_tiles.architecture(0 if isinstance(target, str) else target):
             cases += [(layer[0], convolution_launches(layer, dtype)) for layer in layers]
         for problem, launches in cases:

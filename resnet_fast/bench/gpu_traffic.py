@@ -21,23 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resnet_fast import backends
-from resnet_fast.bench.gpu_resources import Launch, record
+from resnet_fast.bench.gpu_resources import record
 from resnet_fast.ops import triton_common
 
 
 def bytes_of(*tensors: Tensor | None) -> int:
     """Bytes of these tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def launch_bytes(launch: Launch) -> int:
-    """Bytes a launch reads and writes; a residue class of a strided data gradient writes only its share of dx."""
-    total = launch.traffic
-    size = launch.constants
-    if launch.name == "gather_gemm" and size["OH"] * size["OW"] > 1:
-        out = launch.args["out_ptr"]
-        total += launch.args["M"] * size["CO"] * out.element_size() - bytes_of(out)
-    return total
 
 
 def floor(op: str, door: str, args: tuple[Any, ...], made: list[Tensor], kept: bool = False) -> int:
@@ -68,7 +58,8 @@ def floor(op: str, door: str, args: tuple[Any, ...], made: list[Tensor], kept: b
 class Traffic(TorchDispatchMode):
     """Collects (operator, floor, bytes by the launches) of every door called while the mode is on.
 
-    With `prologue` a composed operator runs whole where its triton room has it, else by its parts.
+    A composed operator runs whole where its triton room takes it, but by its parts where that is a prologue and
+    `prologue` is not set.
     """
 
     prologue: bool = False
@@ -89,7 +80,11 @@ class Traffic(TorchDispatchMode):
             backends.run, backends.run_whole = before
 
     def _run_whole(self, op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
-        return self._run(op, door, *args) if self.prologue else parts()
+        room = importlib.import_module(f"resnet_fast.ops.{op}.triton")
+        whole = self.prologue or op != "bn_act_conv2d"
+        with triton_common.executor(lambda *launch: None):  # what is asked is not where the tensors are
+            whole = whole and room.why_not(door, *args) is None
+        return self._run(op, door, *args) if whole else parts()
 
     def _run(self, op: str, door: str, *args: Any) -> Any:
         room, out = importlib.import_module(f"resnet_fast.ops.{op}.triton"), None
@@ -101,7 +96,9 @@ class Traffic(TorchDispatchMode):
         kept = triton_common.kept_statistics(args[0]) is not None
         launches = record(call)
         made = [out] if isinstance(out, Tensor) else list(out)
-        self.rows.append((f"{op}.{door}", floor(op, door, args, made, kept), sum(map(launch_bytes, launches))))
+        self.rows.append(
+            (f"{op}.{door}", floor(op, door, args, made, kept), sum(launch.traffic for launch in launches))
+        )
         return out
 
     def total(self) -> tuple[int, int]:

@@ -138,12 +138,15 @@ def bn_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: s
 
 
 def stem(x: Tensor, links: Links, pool: nn.MaxPool2d, lean: bool = False) -> Tensor:
-    """pool(relu(bn(conv(x)))), perhaps behind other links; with gradients the map before the pool is never written.
+    """pool(relu(bn(conv(x)))), perhaps behind other links; the normalised map before the pool is not written.
 
     With `lean` the last convolution's output is computed again in backward where that `recomputes`.
     """
-    if not torch.is_grad_enabled() or isinstance(x, Proxy) or x.dim() != 4 or why_not_stem(links, pool) is not None:
+    if isinstance(x, Proxy) or x.dim() != 4 or why_not_stem(links, pool) is not None:
         return max_pool(chain(x, links), pool)
+    if not torch.is_grad_enabled():
+        x = chain(x, links[:-1]) if len(links) > 1 else x
+        return _recomputed(x, links[-1:], None, "relu", pool)
     if lean and recomputes(links[-1][0]):
         return _recomputed(x, links, None, "relu", pool)
     z, bn = _inner(x, links)
@@ -158,7 +161,12 @@ def why_not_stem(links: Links, pool: nn.Module) -> str | None:
     """Why convolutions with norms and ReLUs and a pool behind them cannot be fused, None when they can."""
     reasons = [why_not_fused(conv, bn) for conv, bn in links]
     reasons += ["padding by name is not fused" for conv, _ in links if isinstance(conv.padding, str)]
-    reason = next((r for r in reasons if r is not None), None) or why_not_plain(pool, nn.MaxPool2d)
+    return next((r for r in reasons if r is not None), None) or why_not_pool(pool)
+
+
+def why_not_pool(pool: nn.Module) -> str | None:
+    """Why a max pool cannot be fused with what is before it, None when it can."""
+    reason = why_not_plain(pool, nn.MaxPool2d)
     if reason is not None:
         return reason
     if pool.return_indices:

@@ -9,6 +9,8 @@ from law import within_law
 from resnet_fast.ops.bn_act_conv2d import eager as chain_eager
 from resnet_fast.ops.conv2d import eager as conv_eager
 from resnet_fast.ops.conv_bn_act import eager as fused_eager
+from resnet_fast.ops.max_pool2d.op import output_size
+from resnet_fast.ops.recomputed_conv_bn_act import eager as stem_eager
 
 #: (x shape, weight shape, stride, padding, dilation, groups)
 GEOMETRIES = {
@@ -181,3 +183,41 @@ def check_chain(name, dtype, device="cpu", seed=0):
         out_mean.double(), truth.mean((0, 2, 3)), rtol=0, atol=2.0**-22 * float(truth.abs().max())
     )
     assert ((out_var.double() - variance).abs() <= 1e-5 * variance + 1e-12).all()
+
+
+#: (x shape, weight shape, stride, padding, dilation, groups) of convolutions with a 3x3 max pool of stride 2 behind them
+STEMS = {
+    "7x7": ((2, 3, 30, 38), (24, 3, 7, 7), 2, 3, 1, 1),
+    "odd width": ((1, 3, 29, 33), (16, 3, 7, 7), 2, 3, 1, 1),
+    "3x3": ((1, 3, 9, 14), (70, 3, 3, 3), 1, 1, 1, 1),
+    "wide": ((1, 3, 11, 150), (8, 3, 7, 7), 2, 3, 1, 1),
+    "asymmetric": ((1, 1, 13, 16), (8, 1, 5, 4), (1, 2), (0, 1), (2, 1), 1),
+}
+
+
+def check_stem(name, dtype, ceil=False, affine=True, nan=False, device="cpu", seed=0):
+    """The stem in inference, one kernel from the image to the pooled map, against float64."""
+    x, weight, geometry = given(name if not isinstance(name, str) else STEMS[name], dtype, seed, device)
+    k = weight.shape[0]
+    if nan:
+        x[0, 0, 3, 4] = float("nan")
+    bias, gamma, beta, mean, var = (random((k,), torch.float32, seed + 3 + i, device) for i in range(5))
+    vectors = (
+        (bias.to(dtype), gamma, beta, mean, var.abs() + 0.5) if affine else (None, None, None, mean, var.abs() + 0.5)
+    )
+    shape = conv_eager.fwd(x, weight, None, *geometry).shape
+    size = output_size(x.new_empty(shape, device="meta"), (3, 3), (2, 2), (1, 1), (1, 1), ceil)
+    pool = [3, 3, 2, 2, 1, 1, 1, 1, *size]
+
+    def arguments(t, w, v):
+        return (t, *(None,) * 4, w, *v, None, False, 1.0, 1e-5, True, *geometry, pool)
+
+    own = arguments(x, weight, vectors)
+    assert room("recomputed_conv_bn_act").why_not("fwd", *own) is None
+    y = room("recomputed_conv_bn_act").fwd(*own)
+    eager = stem_eager.fwd(*own)
+    truth = stem_eager.fwd(*arguments(*double(x, weight), double(*vectors)))
+    assert y.stride() == eager.stride()
+    scale = 1.5 * float(gamma.abs().max()) if affine else 1.5
+    largest = conv_eager.fwd(*double(x.nan_to_num().abs(), weight.abs()), None, *geometry).max() * scale
+    within_law(y, eager, truth, f"{name} {dtype}", allowance(x, largest + truth.nan_to_num().max()))

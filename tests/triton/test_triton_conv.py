@@ -7,12 +7,14 @@ import torch
 from cases import FLOATS, check_add_relu, check_bn_act, check_max_pool, random, room
 from conv_cases import (
     GEOMETRIES,
+    STEMS,
     check_backward,
     check_chain,
     check_forward,
     check_fused,
     check_prologue,
     check_statistics,
+    check_stem,
 )
 
 from resnet_fast.ops.conv2d.triton_tiles import Tile, gemm_tiles, use, wgrad_tiles
@@ -50,6 +52,12 @@ def test_prologue_and_statistics(simulator):
         check_chain("3x3", torch.bfloat16)
 
 
+@pytest.mark.parametrize("name, dtype, order", [("7x7", torch.bfloat16, 3), ("3x3", torch.float16, -1)])
+def test_stem(simulator, name, dtype, order):
+    with simulator.running(order):
+        check_stem(name, dtype, nan=True)
+
+
 def test_split(simulator):
     with simulator.running(2), use(Tile(32, 32, 16, split=3)):
         check_fused("3x3", torch.bfloat16)
@@ -72,16 +80,52 @@ def test_compulsory_bytes(simulator):
     assert flops <= report.counters["mma_flops"] <= 192 / 144 * flops  # 144 rows in tiles of 64
 
 
-def test_sectors_are_the_tiles(simulator):
+def check_sectors(simulator, tile, dtype):
     """Every program reads its rows and columns once, whole sectors, and writes its tile once: no more and no less."""
-    x, weight = random((1, 64, 16, 16), torch.bfloat16, 0), random((128, 64, 1, 1), torch.bfloat16, 1)
-    with simulator.running() as reports, use(Tile(64, 64, 64, 4, 3)):
+    x, weight = random((1, 64, 16, 16), dtype, 0), random((128, 64, 1, 1), dtype, 1)
+    with simulator.running() as reports, use(replace(tile, split=1)):
         room("conv2d").fwd(x, weight, None, [1, 1], [0, 0], [1, 1], 1)
     counters = dict(reports)["gather_gemm"].counters
-    programs, sector = 4 * 2, 32
-    assert counters["global_load_sectors"] == programs * (64 + 64) * 64 * 2 // sector
-    assert counters["global_store_sectors"] == 256 * 128 * 2 // sector
-    assert counters["bank_conflicts"] == 0
+    programs, sector, bytes_ = (256 // tile.m) * (128 // tile.n), 32, dtype.itemsize
+    assert counters["global_load_sectors"] == programs * (tile.m + tile.n) * 64 * bytes_ // sector
+    assert counters["global_store_sectors"] == 256 * 128 * bytes_ // sector
+    if bytes_ == 2:
+        assert counters["bank_conflicts"] == 0
+
+
+def test_sectors_are_the_tiles(simulator):
+    check_sectors(simulator, Tile(64, 64, 64, 4, 3), torch.bfloat16)
+
+
+def test_compulsory_bytes_of_a_strided_data_gradient(simulator):
+    """All residue classes in one launch: dy and the filters are read once, and every input pixel is written, once."""
+    dy, weight = random((1, 64, 6, 7), torch.bfloat16, 0), random((64, 32, 3, 3), torch.bfloat16, 1)
+    x = random((1, 32, 12, 13), torch.bfloat16, 2)
+    with simulator.running(5) as reports:
+        dx = room("conv2d").data_gradient(
+            dy, x, weight.to(memory_format=torch.channels_last), [2, 2], [1, 1], [1, 1], 1
+        )
+    ((name, report),) = reports
+    assert name == "strided_data_gradient"
+    assert report.counters["distinct_read_bytes"] == 2 * dy.numel() + 2 * weight.numel()
+    assert report.counters["distinct_write_bytes"] == 2 * dx.numel() and report.unwritten("out_ptr") == 0
+
+
+def test_compulsory_bytes_of_the_stem(simulator):
+    """The image and the filters are read once, the pooled map is written once, and there is nothing between."""
+    x, weight = random((1, 3, 28, 28), torch.bfloat16, 0), random((64, 3, 7, 7), torch.bfloat16, 1)
+    pool, vectors = [3, 3, 2, 2, 1, 1, 1, 1, 7, 7], [torch.ones(64) for _ in range(4)]
+    norm = (None, *vectors, None, False, 1.0, 1e-5, True)
+    with simulator.running() as reports:
+        y = room("recomputed_conv_bn_act").fwd(
+            x, *(None,) * 4, weight, *norm, [2, 2], [3, 3], [1, 1], 1, pool
+        )  # fmt: skip
+    report = dict(reports)["stem_forward"]
+    filters = 2 * 2 * 64 * 7 * 32  # for both columns of a window, in blocks of 32 values
+    assert report.counters["distinct_read_bytes"] == 2 * x.numel() + filters + 2 * 4 * 64
+    assert report.counters["distinct_write_bytes"] == 2 * y.numel() and report.unwritten("y_ptr") == 0
+    assert set(dict(reports)) == {"fold_norm", "window_filters", "stem_forward"}
+    assert report.counters["bank_conflicts"] == 0
 
 
 def test_compulsory_bytes_of_the_prologue(simulator):
@@ -161,6 +205,32 @@ def test_proof_tiles_float32(simulator, tile):
         check_fused(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), torch.float32)
         check_backward(((1, 64, 9, 11), (64, 64, 3, 3), 1, 1, 1, 1), torch.float32, (True, False, False))
         check_prologue(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), torch.float32)
+    with simulator.running(8), use(replace(tile, split=1)):
+        check_statistics(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), torch.float32)
+        check_chain(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), torch.float32)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_proof_sectors_of_every_tile(simulator, dtype):
+    for tile in every_tile(dtype.itemsize):
+        check_sectors(simulator, tile, dtype)
+
+
+@pytest.mark.proof
+def test_proof_predicted_order_of_tiles(simulator):
+    """A prediction, never a time: a tile changes no compulsory byte, and a larger one moves fewer sectors for them."""
+    x, weight = random((1, 128, 32, 32), torch.bfloat16, 0), random((128, 128, 3, 3), torch.bfloat16, 1)
+    entries = []
+    for tile in (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)):
+        with simulator.running() as found, use(tile):
+            room("conv2d").fwd(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
+        entries.append((str(tile), dict(found)["gather_gemm"]))
+    for card in ("A100", "H100", "L4"):
+        rows = simulator.ptxsim.compare(entries, gpu=card).rows
+        assert len({row["bytes"] for row in rows}) == 1
+        sectors, instructions = ([row[word] for row in rows] for word in ("sectors", "instructions"))
+        assert sectors == sorted(set(sectors)) and instructions[0] == min(instructions), (card, rows)
 
 
 def every_wgrad_tile(bytes_, taps):
@@ -189,6 +259,15 @@ def test_proof_geometries(simulator, name, dtype):
         check_fused(name, dtype, residual=False, seed=8)
         check_backward(name, dtype, seed=9)
         check_prologue(name, dtype, training=False, seed=10)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name, dtype", list(zip(STEMS, FLOATS[1:] * 3)))
+def test_proof_stem(simulator, name, dtype):
+    for order in (0, 11):
+        with simulator.running(order):
+            check_stem(name, dtype, seed=order)
+            check_stem(name, dtype, ceil=True, affine=False, nan=True, seed=order + 20)
 
 
 @pytest.mark.proof

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from cases import FLOATS, check_add_relu, check_bn_act, check_bn_pool, check_max_pool, random, room
-from conv_cases import GEOMETRIES, check_backward, check_folded, check_forward, check_fused, check_prologue
+from conv_cases import (
+    GEOMETRIES,
+    STEMS,
+    check_backward,
+    check_folded,
+    check_forward,
+    check_fused,
+    check_prologue,
+    check_stem,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +46,13 @@ def test_convolution(name, dtype, monkeypatch):
     check_folded(name, dtype, device="cuda")
     check_prologue(name, dtype, device="cuda")
     check_backward(name, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+@pytest.mark.parametrize("name", STEMS)
+def test_stem(name, dtype):
+    check_stem(name, dtype, device="cuda")
+    check_stem(name, dtype, ceil=True, affine=False, nan=True, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

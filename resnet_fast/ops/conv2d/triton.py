@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,10 +12,9 @@ from resnet_fast import backends
 from resnet_fast.ops import common
 from resnet_fast.ops import triton_common as rooms
 from resnet_fast.ops.conv2d import triton_tiles as tiles
+from resnet_fast.ops.conv2d.triton_pairs import RUN_VALUES, Pairs
 
 LIMIT = 2**31 - 1
-#: Filter rows of at most this many values are one block of GEMM_K (the stem's 7 x 3, or 7 x 4 with a padded channel).
-RUN_VALUES = 64
 #: A norm's vectors, as gather_gemm's prologue takes them (beside the epilogue's tensors).
 PROLOGUE = ("pre_mean_ptr", "pre_scale_ptr", "pre_shift_ptr")
 
@@ -83,7 +82,7 @@ def launch_gather(
     block_k = rooms.next_power_of_2(geometry["V"] * geometry["CG"]) if geometry["RUN"] else tile.k
     constants = geometry | dict(
         RELU=relu and split == 1, SPLIT=split, PRECISION=precision(source), BLOCK_M=tile.m, BLOCK_N=tile.n,
-        BLOCK_K=max(block_k, 16),
+        BLOCK_K=max(block_k, 16), CLASSES=1,
     )  # fmt: skip
     grid = (-(-rows // tile.m) * -(-geometry["NG"] // tile.n), split, groups)
     args = dict(in_ptr=source, w_ptr=weight, M=rows)
@@ -101,10 +100,15 @@ def launch_gather(
 def _candidates(source: Tensor, rows: int, geometry: dict[str, int], groups: int) -> list[tiles.Tile]:
     ieee = source.dtype == torch.float32 and precision(source) == "ieee"
     sum_length = geometry["U"] * geometry["V"] * geometry["CG"]
-    return tiles.gemm_tiles(
+    found = tiles.gemm_tiles(
         rows, geometry["NG"], sum_length, geometry["CG"], source.element_size(), ieee,
         rooms.multiprocessors(source.device), groups, tiles.architecture_of(source.device),
     )  # fmt: skip
+    if not geometry["RUN"] and geometry["OH"] * geometry["OW"] == 1:
+        return found
+    # A run is copied in 4-byte pieces, each with a pointer, and residue classes are four loops in one kernel: more than
+    # a large tile of four warps has registers for.
+    return [replace(t, warps=8) if t.m * t.n > 4096 else t for t in found]
 
 
 def forward_geometry(x: Tensor, weight: Tensor, size, stride, padding, dilation, groups: int) -> dict[str, int]:
@@ -115,71 +119,8 @@ def forward_geometry(x: Tensor, weight: Tensor, size, stride, padding, dilation,
         HI=h, WI=w, CI=c, CG=cg, HO=size[0], WO=size[1], CO=k, NG=k // groups, I=size[0], J=size[1],
         OH=1, OW=1, OH0=0, OW0=0, U=r, V=s, SH=stride[0], SW=stride[1], H0=-padding[0], W0=-padding[1],
         TH=dilation[0], TW=dilation[1], WG=k // groups * r * s * cg, WN=r * s * cg, W_START=0, WU=s * cg, WV=cg, WK=1,
-        RUN=run,
+        RUN=run, RUN_FROM=0, RUN_TO=s * cg,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Stem:
-    """A convolution on an RGB image seen as one on `pixels` neighbouring pixels of four channels each."""
-
-    pixels: int
-    lead: int
-    taps: int
-    padding: list[int]
-    stride: list[int]
-
-    @staticmethod
-    def of(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Stem | None:
-        """How to see this convolution so, None where it is not one on an RGB image."""
-        s = weight.shape[3]
-        if x.shape[1] != 3 or groups != 1 or dilation[1] != 1 or s == 1:
-            return None
-        pixels = 2 if x.element_size() == 2 and stride[1] % 2 == 0 and x.shape[3] % 2 == 0 else 1
-        start = -(-padding[1] // pixels)
-        lead = start * pixels - padding[1]
-        taps = -(-(lead + s) // pixels)
-        if taps * pixels * 4 > RUN_VALUES:
-            return None
-        return Stem(pixels, lead, taps, [padding[0], start], [stride[0], stride[1] // pixels])
-
-    def image(self, x: Tensor) -> Tensor:
-        """x with a fourth channel of zeros and neighbouring pixels joined."""
-        from resnet_fast.ops.conv2d.triton_stem import pad_image
-
-        n, c, h, w = x.shape
-        if x.stride(2) != x.stride(3) * w:
-            x = common.channels_last(x)
-        out = x.new_empty(n, h, w // self.pixels, 4 * self.pixels)
-        args = dict(
-            out_ptr=out,
-            x_ptr=x,
-            n=n * h * w,
-            STRIDE_N=x.stride(0),
-            STRIDE_C=x.stride(1),
-            STRIDE_P=x.stride(3),
-            PIXELS=h * w,
-        )
-        rooms.launch(pad_image, (-(-n * h * w // 512),), args, dict(C=c, BLOCK=512))
-        return out.permute(0, 3, 1, 2)
-
-    def filters(self, weight: Tensor) -> Tensor:
-        """The filters for that image."""
-        from resnet_fast.ops.conv2d.triton_stem import pad_filters
-
-        k, c, r, s = weight.shape
-        out = weight.new_empty(k, r, self.taps, 4 * self.pixels)
-        strides = dict(zip(("STRIDE_K", "STRIDE_C", "STRIDE_R", "STRIDE_S"), weight.stride()))
-        constants = dict(C=c, R=r, S=s, LEAD=self.lead, WIDTH=self.taps * self.pixels, BLOCK=512)
-        args = dict(out_ptr=out, w_ptr=weight, n=out.numel()) | strides
-        rooms.launch(pad_filters, (-(-out.numel() // 512),), args, constants)
-        return out.permute(0, 3, 1, 2)
-
-    def gradient(self, dw: Tensor, weight: Tensor) -> Tensor:
-        """The filters' gradient out of the joined filters'."""
-        k, c, r, s = weight.shape
-        columns = dw.permute(0, 2, 3, 1).reshape(k, r, self.taps * self.pixels, 4)
-        return columns[:, :, self.lead : self.lead + s, :c].permute(0, 3, 1, 2).contiguous()
 
 
 def forward(
@@ -193,12 +134,14 @@ def forward(
     """
     n, _, p, q = out.shape
     prologue = epilogue.get("pre_scale_ptr") is not None
-    stem = None if prologue else Stem.of(x, weight, stride, padding, dilation, groups)
-    if stem is not None:
-        x, weight, stride, padding = stem.image(x), stem.filters(weight), stem.stride, stem.padding
+    pairs = None if prologue else Pairs.of(x, weight, stride, padding, dilation, groups)
+    if pairs is not None:
+        x, weight, stride, padding = pairs.image(x), pairs.filters(weight), pairs.stride, pairs.padding
     x, weight = common.channels_last(x), krsc(weight)
     geometry = forward_geometry(x, weight, (p, q), stride, padding, dilation, groups)
     geometry["RUN"] = geometry["RUN"] and not prologue
+    if pairs is not None:
+        geometry |= dict(RUN_FROM=pairs.first, RUN_TO=pairs.last)
     rows = n * p * q
     parts = None
 
@@ -227,6 +170,21 @@ def prologue(
     args = dict(scale_ptr=scale, shift_ptr=shift, gamma_ptr=gamma, beta_ptr=beta, var_ptr=var, eps=eps, C=c)
     rooms.launch(norm_vectors, (-(-c // 128),), args, dict(BLOCK=128))
     return dict(zip(PROLOGUE, (mean, scale, shift)))
+
+
+def folded_norm(
+    k: int, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a norm with known statistics behind a convolution of k filters, its bias included."""
+    from resnet_fast.ops.conv2d.triton_kernels import fold_norm
+
+    scale, shift = (mean.new_empty(k, dtype=torch.float32) for _ in range(2))
+    args = dict(
+        scale_ptr=scale, shift_ptr=shift, bias_ptr=bias, gamma_ptr=gamma, beta_ptr=beta, mean_ptr=mean, var_ptr=var,
+        eps=eps, K=k,
+    )  # fmt: skip
+    rooms.launch(fold_norm, (-(-k // 128),), args, dict(BLOCK=128))
+    return scale, shift
 
 
 def forward_statistics(
@@ -278,37 +236,43 @@ def _taps(parity: int, size: int, stride: int, padding: int, dilation: int) -> t
 
 
 def data_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Tensor:
-    """dx: one gather per residue class of the stride, so that no tap is multiplied in vain."""
+    """dx: one gather per residue class of the stride, so that no tap is multiplied in vain; all classes in one launch."""
     (n, c, h, w), (k, cg, r, s) = x.shape, weight.shape
-    p, q = dy.shape[2:]
+    rows = [_taps(a, r, stride[0], padding[0], dilation[0]) for a in range(min(stride[0], h))]
+    columns = [_taps(b, s, stride[1], padding[1], dilation[1]) for b in range(min(stride[1], w))]
     classes = []
-    for a in range(min(stride[0], h)):
-        r0, dr, u, p0, tp = _taps(a, r, stride[0], padding[0], dilation[0])
-        for b in range(min(stride[1], w)):
-            s0, ds, v, q0, tq = _taps(b, s, stride[1], padding[1], dilation[1])
-            if u * v == 0:  # no tap reaches these inputs: their gradient is zero
-                continue
+    for a, (r0, _, u, p0, _) in enumerate(rows):
+        for b, (s0, _, v, q0, _) in enumerate(columns):
             i, j = -(-(h - a) // stride[0]), -(-(w - b) // stride[1])
-            geometry = dict(
-                HI=p, WI=q, CI=k, CG=k // groups, HO=h, WO=w, CO=c, NG=cg, I=i, J=j,
-                OH=stride[0], OW=stride[1], OH0=a, OW0=b, U=u, V=v, SH=1, SW=1, H0=p0, W0=q0, TH=tp, TW=tq,
-                WG=k // groups * r * s * cg, WN=1, W_START=(r0 * s + s0) * cg, WU=dr * s * cg, WV=ds * cg, WK=r * s * cg,
-                RUN=False,
-            )  # fmt: skip
-            classes.append((n * i * j, geometry))
+            classes.append((i, j, a, b, u, v, p0, q0, (r0 * s + s0) * cg))
+    # All classes that have taps step alike; the one with most is the first to run.
+    classes.sort(key=lambda t: -t[4] * t[5])
+    i, j, a, b, u, v, p0, q0, w_start = classes[0]
+    (_, dr, _, _, tp), (_, ds, _, _, tq) = rows[a], columns[b]
     dx = common.empty_output(x)
-    if len(classes) < min(stride[0], h) * min(stride[1], w):
-        dx.zero_()  # one fill and the classes that have taps: fewer launches than a class of zeros each
-    largest = max(classes, key=lambda case: case[1]["U"] * case[1]["V"], default=None)
-    if largest is None:
-        return dx
+    if u * v == 0:  # the input is smaller than the stride, and no tap reaches it
+        return dx.zero_()
+    sizes = dict(
+        HI=dy.shape[2], WI=dy.shape[3], CI=k, CG=k // groups, HO=h, WO=w, CO=c, NG=cg, OH=stride[0], OW=stride[1],
+        TH=tp, TW=tq, WG=k // groups * r * s * cg, WN=1, WU=dr * s * cg, WV=ds * cg, WK=r * s * cg,
+    )  # fmt: skip
+    single = dict(I=i, J=j, OH0=a, OW0=b, U=u, V=v, SH=1, SW=1, H0=p0, W0=q0, W_START=w_start)
+    geometry = sizes | single | dict(RUN=False, RUN_FROM=0, RUN_TO=0)
 
     def run(tile: tiles.Tile) -> None:
-        for rows, geometry in classes:
-            launch_gather(dx, dy, weight, rows, geometry, groups, tile)
+        from resnet_fast.ops.conv2d.triton_dgrad import strided_data_gradient
+
+        if len(classes) == 1:
+            launch_gather(dx, dy, weight, n * i * j, geometry, groups, tile)
+            return
+        blocks = dict(BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=max(tile.k, 16))
+        constants = sizes | dict(CLASSES=tuple(classes), PRECISION=precision(x)) | blocks
+        programs = max(-(-n * t[0] * t[1] // tile.m) for t in classes) * -(-cg // tile.n) * len(classes)
+        args = dict(out_ptr=dx, in_ptr=dy, w_ptr=weight, N=n)
+        rooms.launch(strided_data_gradient, (programs, 1, groups), args, constants, tile.warps, tile.stages)
 
     key = f"data gradient {precision(x)} {x.dtype} {list(x.shape)} {list(weight.shape)} {stride} {padding} {dilation}"
-    tiles.choose(f"{key} {groups}", _candidates(dy, *largest, groups), run, x.device)
+    tiles.choose(f"{key} {groups}", _candidates(dy, n * h * w, geometry, groups), run, x.device)
     return dx
 
 
@@ -316,13 +280,12 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dila
     """dw, contiguous: partial sums over slices of the pixels, added in a fixed order."""
     from resnet_fast.ops.conv2d.triton_wgrad import conv_weight_gradient, sum_weight_parts
 
-    stem = Stem.of(x, weight, stride, padding, dilation, groups)
-    if stem is not None:
-        dw = weight_gradient(
-            dy, stem.image(x), weight.new_empty(1).expand(weight.shape[0], 4 * stem.pixels, weight.shape[2], stem.taps),
-            stem.stride, stem.padding, dilation, 1,
-        )  # fmt: skip
-        return stem.gradient(dw, weight)
+    pairs = Pairs.of(x, weight, stride, padding, dilation, groups)
+    if pairs is not None:
+        image = pairs.image(x)
+        filters = weight.new_empty(1).expand(weight.shape[0], image.shape[1], weight.shape[2], pairs.taps)  # a shape
+        dw = weight_gradient(dy, image, filters, pairs.stride, pairs.padding, dilation, 1)
+        return pairs.gradient(dw, weight)
     (_, c, h, w), (k, cg, r, s) = x.shape, weight.shape
     n, _, p, q = dy.shape
     kg, m = k // groups, n * p * q

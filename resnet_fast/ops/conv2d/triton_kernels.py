@@ -132,15 +132,17 @@ def gather_gemm(
     TH: tl.constexpr, TW: tl.constexpr,
     # the weight of (group, n, tap, k): at group WG + n WN + W_START + u WU + v WV + k WK
     WG: tl.constexpr, WN: tl.constexpr, W_START: tl.constexpr, WU: tl.constexpr, WV: tl.constexpr, WK: tl.constexpr,
-    RUN: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RUN: tl.constexpr, RUN_FROM: tl.constexpr, RUN_TO: tl.constexpr,
+    RELU: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """RUN: a filter row's V CG values lie side by side in memory and are one block of k (few channels, TW = 1).
+    """RUN: a filter row's V CG values lie side by side in memory and are one block of k (few channels, TW = 1), of which the
+    filter has those from RUN_FROM to RUN_TO.
 
     pre_*: the input is relu(bn(in)), of which only `in` is in memory; not with RUN.
     """
     NUM_N: tl.constexpr = (NG + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) // CLASSES  # of a strided data gradient, each of which calls this on its own
     pid_m = pid // NUM_N  # n is the fast axis: programs that share an input tile run together
     pid_n = pid % NUM_N
     split = tl.program_id(1)
@@ -178,6 +180,8 @@ def gather_gemm(
         for u in range(U):
             h = h0 + u * TH
             a = tl.load(a_ptrs, mask=columns & ((h >= 0) & (h < HI))[:, None], other=0.0)
+            if RUN_FROM > 0 or RUN_TO < V * CG:  # outside the filter its zeros would make NaN of a neighbour's NaN
+                a = tl.where(((offs_k >= RUN_FROM) & (offs_k < RUN_TO))[None, :], a, 0.0)
             b = tl.load(b_ptrs, mask=(offs_k < V * CG)[:, None], other=0.0)
             acc = dot(a, b, acc, PRECISION)
             a_ptrs += TH * WI * CI

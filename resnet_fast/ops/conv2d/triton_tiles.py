@@ -38,6 +38,8 @@ _every = False
 _architecture: int | None = None
 #: An A100's, for the order of candidates: flops per second and multiprocessor, bytes per second.
 PEAK_16, PEAK_IEEE, BANDWIDTH = 2.9e12, 0.18e12, 2e12
+NEAR = 1.15  # times within so much of each other are equal: the model knows no better
+LAUNCH = 3e-6  # seconds until a kernel behind another one runs at full speed: a guess
 _CANDIDATES = 3  # timed per problem: compiling a tile takes seconds
 
 
@@ -114,7 +116,7 @@ def gemm_tiles(
         # A split leaves each part eight iterations at least; its float32 parts are written and read.
         costs = {
             split: _seconds_at_best(programs * split, t, k / split, bytes_, ieee, sm)
-            + (split > 1) * split * m * n * groups * 8 / BANDWIDTH
+            + (split > 1) * (LAUNCH + split * m * n * groups * 8 / BANDWIDTH)
             for split in (1, 2, 3, 4, 6, 8)
             if split == 1 or k // (split * t.k) >= 8
         }
@@ -124,9 +126,9 @@ def gemm_tiles(
 
 
 def _fewest_parts(costs: dict[int, float]) -> int:
-    """The smallest split whose time is within a tenth of the best: the model knows no better, and parts are bytes."""
+    """The smallest split whose time is near the best: the model knows no better, and parts are bytes."""
     least = min(costs.values())
-    return min(split for split, cost in costs.items() if cost <= 1.1 * least)
+    return min(split for split, cost in costs.items() if cost <= NEAR * least)
 
 
 def _seconds_at_best(programs: int, t: Tile, depth: float, bytes_: int, ieee: bool, sm: int) -> float:
@@ -156,7 +158,7 @@ def wgrad_tiles(
         wide = 64 if taps == 1 else 32  # three float32 sums of 64 x 64 spill on sm_100
         base = [Tile(64, wide, 32, 4, 2), Tile(32, 32, 32, 4, 2)]
     elif taps == 3:
-        base = [Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)]
+        base = [Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3), Tile(64, 32, 64, 4, 3)]  # the last: half the parts
     else:
         base = [Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)]
         if arch < 100:  # spills there
@@ -173,11 +175,11 @@ def wgrad_tiles(
             if split == 1 or pixels // (split * t.k) >= 8:
                 # TAPS taps share a program, hence the products of each count so often.
                 costs[split] = _seconds_at_best(programs * split, t, taps * pixels / split, bytes_, ieee, sm)
-                costs[split] += (split > 1) * split * k * n * parts * taps * 8 / BANDWIDTH
+                costs[split] += (split > 1) * (LAUNCH + split * k * n * parts * taps * 8 / BANDWIDTH)
         split = _fewest_parts(costs)
         best.setdefault(replace(t, split=split), costs[split])
-    # Of tiles whose times are within a tenth of the best, those of fewer parts first, for the same reason.
-    near = 1.1 * min(best.values())
+    # Of tiles whose times are near the best, those of fewer parts first, for the same reason.
+    near = NEAR * min(best.values())
     return sorted(best, key=lambda t: (best[t] > near, t.split if best[t] <= near else best[t]))[:_CANDIDATES]
 
 

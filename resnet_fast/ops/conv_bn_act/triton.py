@@ -34,8 +34,6 @@ def fwd(
     groups: int,
 ) -> Tensor:
     """relu(bn(conv(x)) + residual), channels_last; without mean and var the norm is in the filters, beta the bias."""
-    from resnet_fast.ops.conv2d.triton_kernels import fold_norm
-
     out = common.empty_convolution(x, weight, stride, padding, dilation)
     if residual is not None:
         residual = common.channels_last(residual)
@@ -44,13 +42,7 @@ def fwd(
         given = dict(residual_ptr=residual, shift_ptr=beta)
         conv.forward(x, weight, stride, padding, dilation, groups, out, given, relu)
         return out
-    k = weight.shape[0]
-    scale, shift = x.new_empty(k, dtype=torch.float32), x.new_empty(k, dtype=torch.float32)
-    args = dict(
-        scale_ptr=scale, shift_ptr=shift, bias_ptr=bias, gamma_ptr=gamma, beta_ptr=beta, mean_ptr=mean, var_ptr=var,
-        eps=eps, K=k,
-    )  # fmt: skip
-    rooms.launch(fold_norm, (-(-k // 128),), args, dict(BLOCK=128))
+    scale, shift = conv.folded_norm(weight.shape[0], bias, gamma, beta, mean, var, eps)
     epilogue = dict(residual_ptr=residual, scale_ptr=scale, shift_ptr=shift)
     conv.forward(x, weight, stride, padding, dilation, groups, out, epilogue, relu)
     return out

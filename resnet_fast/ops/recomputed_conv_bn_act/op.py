@@ -117,6 +117,10 @@ def _run(
     training, eps, relu, group, stride, padding, dilation, groups, pool, save,
 ):  # fmt: skip
     none = x.new_empty(0, dtype=checks.statistics_dtype(x))
+    if pool and not (before or training or save):  # inference: a room may have the stem in one kernel
+        y = _stem(x, weight, bias, gamma, beta, mean, var, eps, stride, padding, dilation, groups, pool)
+        empty = (none, none.clone(), x.new_empty(0, dtype=torch.float64))
+        return y, x.new_empty(0, dtype=torch.uint8), *empty, *(t.clone() for t in empty)
     found0 = [none, none.clone(), x.new_empty(0, dtype=torch.float64)]
     if before:
         x, *found0 = norm.forward(x, gamma0, beta0, mean0, var0, None, training0, eps0, True, group0)
@@ -129,6 +133,19 @@ def _run(
         y, *found = norm.forward(z, gamma, beta, mean, var, residual, training, eps, relu, group)
         places = z.new_empty(0, dtype=torch.uint8)
     return y, places, *found0, *found
+
+
+def _stem(x, weight, bias, gamma, beta, mean, var, eps, stride, padding, dilation, groups, pool):
+    norm_, window = (gamma, beta, mean, var), (stride, padding, dilation, groups)
+
+    def parts():
+        y = backends.run("conv_bn_act", "fwd", x, weight, bias, *norm_, None, eps, True, *window)
+        return backends.run("max_pool2d", "fwd", y, *eager.windows(pool), False)[0]
+
+    none = (None,) * 4
+    return backends.run_whole(
+        OP, "fwd", parts, x, *none, weight, bias, *norm_, None, False, 1.0, eps, True, *window, pool
+    )
 
 
 def _run_backward(

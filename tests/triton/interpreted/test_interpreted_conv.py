@@ -1,10 +1,13 @@
 """The convolution rooms in Triton's interpreter: every geometry, every epilogue, all gradients."""
 
+import copy
+
 import pytest
 import torch
-from cases import FLOATS, random
+from cases import FLOATS, random, room
 from conv_cases import (
     GEOMETRIES,
+    STEMS,
     check_backward,
     check_chain,
     check_folded,
@@ -12,6 +15,8 @@ from conv_cases import (
     check_fused,
     check_prologue,
     check_statistics,
+    check_stem,
+    given,
 )
 
 from resnet_fast import functional
@@ -72,6 +77,36 @@ def test_prologue_and_statistics(name, dtype):
         check_chain(name, dtype)
 
 
+@pytest.mark.parametrize("name, dtype", list(zip(STEMS, FLOATS[1:] * 3)))
+def test_stem(name, dtype):
+    check_stem(name, dtype)
+    check_stem(name, dtype, ceil=True, affine=False, nan=True, seed=20)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_stem_of_a_network(frozen):
+    """Converted modules without gradients, and frozen ones, run it whole; the numbers are eager's by the law."""
+    from law import within_law
+
+    from resnet_fast import backends, nn
+    from resnet_fast._plan import FoldedProgram
+    from resnet_fast._trace import trace
+    from resnet_fast.models.resnet import resnet18
+
+    torch.manual_seed(0)
+    net = resnet18(num_classes=3).eval().bfloat16()
+    stem = torch.nn.Sequential(net.conv1, net.bn1, torch.nn.ReLU(), net.maxpool)
+    x = random((1, 3, 32, 30), torch.bfloat16, 0)
+    with torch.no_grad(), use_backend("triton"), backends.record() as events:
+        if frozen:
+            y = FoldedProgram(copy.deepcopy(stem), trace(copy.deepcopy(stem), deep=True), torch.bfloat16)(x)
+        else:
+            y = nn.fused.stem(x, [(net.conv1, net.bn1)], net.maxpool)
+    assert ("recomputed_conv_bn_act", "fwd", "triton") in events
+    with torch.no_grad():
+        within_law(y, stem(x), copy.deepcopy(stem).double()(x.double()), "stem")
+
+
 @pytest.mark.parametrize("bits", range(8))
 def test_wants(bits):
     check_backward("3x3", torch.float32, tuple(bool(bits >> i & 1) for i in range(3)))
@@ -95,9 +130,19 @@ def test_proof_split(name, split):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_special_values_spread_as_in_eager(value):
-    from cases import room
+def test_special_values_beside_a_window_of_pairs(value):
+    """A pixel just outside a filter is multiplied by no zero: neither in pairs of pixels nor in the stem's window."""
+    from resnet_fast.ops.conv2d import eager
 
+    for name in ("7x7", "wide"):
+        x, weight, geometry = given(STEMS[name], torch.bfloat16, 0)
+        x[0, 1, 5, 8] = value
+        ours, theirs = room("conv2d").fwd(x, weight, None, *geometry), eager.fwd(x, weight, None, *geometry)
+        assert bool(theirs.isfinite().any()) and torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values_spread_as_in_eager(value):
     from resnet_fast.ops.conv_bn_act import eager
 
     x = random((1, 16, 6, 6), torch.float32, 0)
