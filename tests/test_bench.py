@@ -243,7 +243,7 @@ def test_op_tables(op: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_op_refuses_to_time_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = pytest.importorskip("resnet_fast.ops.add_relu.cpu")
+    cpu = pytest.importorskip("resnet_fast.ops.add_relu.cpu", reason="the compiled module is not built")
     if cpu.common.cpu_why_not() is not None:
         pytest.skip(cpu.common.cpu_why_not())
     work = next(iter(operators.works("add_relu", roofline.layers("resnet18", 32), 1)))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from contract import Contract, outcome, refused, using
 
 from resnet_fast import functional
+from resnet_fast.testing import check
 
 WINDOW = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
@@ -87,34 +88,53 @@ class TestBnActMaxPool2d(Contract):
         x = torch.randint(-3, 3, (2, 16, 9, 9)).float()
         inputs = self.make(self.cases["evaluation, no affine"], torch.float32) | {"x": x}
         inputs |= {"running_mean": torch.zeros(16), "running_var": torch.ones(16) - 1e-5}
-        grads = []
-        for function, forced in ((self.ours, room), (self.plain, "auto")):
-            leaf = x.clone().requires_grad_()
-            with using(forced, forced == room):
-                y = function(**inputs | {"x": leaf})
-                grads.append(torch.autograd.grad(y, leaf, torch.arange(1.0, y.numel() + 1).view_as(y))[0])
-        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
-        assert ((grads[0] == 0) == (grads[1] == 0)).all()
+        (_, ours), (_, eager), (_, exact) = self.three(
+            room, inputs, lambda y: torch.arange(1.0, y.numel() + 1).view_as(y)
+        )
+        check.law(ours, eager, exact)
+        assert torch.equal(ours == 0, eager == 0)
 
     def test_nan_takes_the_gradient(self, room):
         inputs = self.make(self.cases["evaluation"], torch.float32)
         inputs["x"][0, 0, 3, 3] = inputs["x"][1, 2, 8, 8] = float("nan")
+        (mine, ours), (theirs, eager), (_, exact) = self.three(room, inputs, torch.ones_like)
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        check.law(ours, eager, exact)
+
+    def three(self, room, inputs, seed):
+        """y and x's gradient for dy = seed(y): ours, eager's and float64's."""
         found = []
-        for function, forced in ((self.ours, room), (self.plain, "auto")):
-            leaf = inputs["x"].clone().requires_grad_()
+        for function, forced, wide in (
+            (self.ours, room, False),
+            (self.plain, "auto", False),
+            (self.plain, "auto", True),
+        ):
+            given = {k: v.double() if wide and isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            given["x"] = leaf = given["x"].clone().requires_grad_()
             with using(forced, forced == room):
-                y = function(**inputs | {"x": leaf})
-                found.append((y.isnan(), torch.autograd.grad(y, leaf, torch.ones_like(y))[0]))
-        assert torch.equal(found[0][0], found[1][0])
-        torch.testing.assert_close(found[0][1], found[1][1])
+                y = function(**given)
+                found.append((y.detach(), torch.autograd.grad(y, leaf, seed(y))[0]))
+        return found
 
     def test_running_statistics(self, room):
-        inputs = self.make(self.cases["stem"], torch.float32)
-        mine, theirs = [[inputs[k].clone() for k in ("running_mean", "running_var")] for _ in range(2)]
-        with using(room):
-            functional.bn_act_max_pool2d(inputs["x"], *mine, None, None, 3, training=True, momentum=0.3)
-        F.batch_norm(inputs["x"], *theirs, training=True, momentum=0.3)
-        torch.testing.assert_close(mine, theirs)
+        found = []
+        for _ in range(check.MOST_SAMPLES):
+            inputs = self.make(self.cases["stem"], torch.float32)
+            running = [inputs[k] for k in ("running_mean", "running_var")]
+            mine, theirs, exact = (
+                [t.clone() for t in running],
+                [t.clone() for t in running],
+                [t.double() for t in running],
+            )
+            with using(room):
+                functional.bn_act_max_pool2d(inputs["x"], *mine, None, None, 3, training=True, momentum=0.3)
+            F.batch_norm(
+                inputs["x"].contiguous(memory_format=torch.channels_last), *theirs, training=True, momentum=0.3
+            )
+            F.batch_norm(inputs["x"].double(), *exact, training=True, momentum=0.3)
+            found.append((mine, theirs, exact))
+        for i, what in enumerate(("mean", "variance")):
+            check.law(*([pair[i] for pair in pairs] for pairs in zip(*found, strict=True)), what=what)
 
     def test_empty(self):
         x = torch.randn(0, 3, 8, 8, requires_grad=True)
