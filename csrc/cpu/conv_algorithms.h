@@ -18,7 +18,7 @@ struct Algorithm {
   void (*run)(const ConvArgs&, const Team&);
 };
 
-extern const Algorithm kDirect, kWinograd4, kWinograd2, kGrouped, kStem;
+extern const Algorithm kDirect, kWinograd4, kWinograd4x2, kWinograd2, kGrouped, kStem;
 
 // Bytes rounded up to an odd number of cache lines: buffers a power of two apart would share cache sets.
 RF_INLINE size_t odd_lines(size_t bytes) { return (ceil_div(bytes, size_t(64)) | 1) * 64; }

@@ -1,6 +1,6 @@
-// Packs float32 filters of any strides for "direct", "winograd2" and "winograd4": what a training step does to weights that
+// Packs float32 filters of any strides for "direct" and the Winograd algorithms: what a training step does to weights that
 // change every step, forward, and (K and C exchanged, R and S strides negative) for the data gradient.
-// Bytes: the filters once, the packed ones once: 1 float for 1 (direct), 36 or 16 for 9 (Winograd).
+// Bytes: the filters once, the packed ones once: 1 float for 1 (direct), 36, 24 or 16 for 9 (Winograd).
 // The idea: kPanel output channels are a vector and 16 input channels a block, so that reading, G g G^T and writing
 // all run over vectors; conv_pack's one filter at a time takes 15 ms for 512 x 512 x 3 x 3, more than the convolution.
 // The transform stays in double and in conv_pack's order: the same bits. Words of two bf16 take channels two by two.
@@ -39,16 +39,15 @@ void pack_direct(const PackStridedArgs& a, const Team& team) {
   }
 }
 
-template <int M, class Word>
+template <int M, int L, class Word>
 void pack_winograd(const PackStridedArgs& a, const Team& team) {
-  const WinogradPlan<M, Word> p(a.shape, {});
-  double g[M + 2][3];
-  winograd_filter_matrix<M>(g);
+  const WinogradPlan<M, L, Word> p(a.shape, {});
+  const WinogradFilter<M, L> g;
   // The points lie a power of two apart and would evict each other from one L1 set.
   const bool streamed = p.weight_bytes() >= kStreamBytes && reinterpret_cast<uintptr_t>(a.packed) % 64 == 0;
   const Range panels = team.share(p.panels);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-    pack_winograd_panel<M, Word>(a, g, p.words, panel, static_cast<Word*>(a.packed) + panel * p.words * kPanel, p.panels * p.words * kPanel, streamed);
+    pack_winograd_panel<M, L, Word>(a, g, p.words, panel, static_cast<Word*>(a.packed) + panel * p.words * kPanel, p.panels * p.words * kPanel, streamed);
   if (streamed) stream_fence();
 }
 
@@ -59,16 +58,17 @@ const char* pack_strided_why_not(const ConvShape& s, DType t, int algorithm) {
   if (t == DType::bf16 && s.C % WordOf<Bf16Word>::kElements) return "filters of any strides are packed for an even number of input channels in bfloat16";
   if (const char* why = kConvKernels.why_not(s, t, algorithm)) return why;
   const char* name = kConvKernels.name(algorithm);
-  const bool known = std::strcmp(name, "direct") == 0 || std::strcmp(name, "winograd2") == 0 || std::strcmp(name, "winograd4") == 0;
-  return known ? nullptr : "filters of any strides are packed for direct, winograd2 and winograd4 only";
+  const bool known = std::strcmp(name, "direct") == 0 || std::strncmp(name, "winograd", 8) == 0;
+  return known ? nullptr : "filters of any strides are packed for direct and the Winograd algorithms only";
 }
 
 template <class Word>
 static void pack_words(const PackStridedArgs& a) {
   const char* name = kConvKernels.name(a.algorithm);
   parallel(a.threads, [&](const Team& team) {
-    if (std::strcmp(name, "winograd4") == 0) pack_winograd<4, Word>(a, team);
-    else if (std::strcmp(name, "winograd2") == 0) pack_winograd<2, Word>(a, team);
+    if (std::strcmp(name, "winograd4") == 0) pack_winograd<4, 4, Word>(a, team);
+    else if (std::strcmp(name, "winograd2") == 0) pack_winograd<2, 2, Word>(a, team);
+    else if (std::strcmp(name, "winograd4x2") == 0) pack_winograd<4, 2, Word>(a, team);
     else pack_direct<Word>(a, team);
   });
 }

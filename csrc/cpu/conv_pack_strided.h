@@ -48,34 +48,34 @@ RF_INLINE void put_line(Pair* out, const float* low, const float* high, bool str
 }
 #endif
 
-// One panel's points, `point` words apart from `out` on; g from winograd_filter_matrix. `streamed`: past the caches.
-template <int M, class Word>
-void pack_winograd_panel(const PackStridedArgs& a, const double (*g)[3], int64_t words, int64_t panel, Word* panel_out, int64_t point, bool streamed) {
-  constexpr int kT = M + 2, kElements = WordOf<Word>::kElements;
+// One panel's points, `point` words apart from `out` on. `streamed`: past the caches.
+template <int M, int L, class Word>
+void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<M, L>& g, int64_t words, int64_t panel, Word* panel_out, int64_t point, bool streamed) {
+  constexpr int kH = M + 2, kW = L + 2, kElements = WordOf<Word>::kElements;
   const ConvShape& s = a.shape;
   alignas(64) float taps[9][kDepth * kPanel];
-  alignas(64) double half[kElements][kT][3][kPanel];
+  alignas(64) double half[kElements][kH][3][kPanel];
   for (int64_t c0 = 0; c0 < words * kElements; c0 += kDepth) {
     const int depth = int(smaller(larger(s.C - c0, int64_t(0)), int64_t(kDepth)));
     for (int t = 0; t < 9; ++t) Source{a}.read(panel, c0, depth, t / 3, t % 3, taps[t]);
     for (int c = 0; c < smaller(int64_t(kDepth), words * kElements - c0); c += kElements) {
       Word* out = panel_out + (c0 + c) / kElements * kPanel;
       if (c >= depth) {
-        for (int i = 0; i < kT * kT; ++i) std::memset(static_cast<void*>(out + i * point), 0, kPanel * sizeof(Word));
+        for (int i = 0; i < kH * kW; ++i) std::memset(static_cast<void*>(out + i * point), 0, kPanel * sizeof(Word));
         continue;
       }
       for (int e = 0; e < kElements; ++e)
-        for (int i = 0; i < kT; ++i)
+        for (int i = 0; i < kH; ++i)
           for (int x = 0; x < 3; ++x) {
             const float *f0 = taps[x] + (c + e) * kPanel, *f1 = taps[3 + x] + (c + e) * kPanel, *f2 = taps[6 + x] + (c + e) * kPanel;
-            for (int j = 0; j < kPanel; ++j) half[e][i][x][j] = g[i][0] * f0[j] + g[i][1] * f1[j] + g[i][2] * f2[j];
+            for (int j = 0; j < kPanel; ++j) half[e][i][x][j] = g.h[i][0] * f0[j] + g.h[i][1] * f1[j] + g.h[i][2] * f2[j];
           }
-      for (int i = 0; i < kT; ++i)
-        for (int l = 0; l < kT; ++l) {
+      for (int i = 0; i < kH; ++i)
+        for (int l = 0; l < kW; ++l) {
           alignas(64) float line[kElements][kPanel];
           for (int e = 0; e < kElements; ++e)
-            for (int j = 0; j < kPanel; ++j) line[e][j] = float(half[e][i][0][j] * g[l][0] + half[e][i][1][j] * g[l][1] + half[e][i][2][j] * g[l][2]);
-          put_line(out + (i * kT + l) * point, line[0], line[kElements - 1], streamed);
+            for (int j = 0; j < kPanel; ++j) line[e][j] = float(half[e][i][0][j] * g.w[l][0] + half[e][i][1][j] * g.w[l][1] + half[e][i][2][j] * g.w[l][2]);
+          put_line(out + (i * kW + l) * point, line[0], line[kElements - 1], streamed);
         }
     }
   }

@@ -202,7 +202,7 @@ class WgradWinograd {
       for (int64_t c = 0; c < channels; c += kLanes) {
         fetch_points(c + kLanes < channels ? x + c + kLanes : x + p_.x_row, p_.x_point);
         for (int i = 0; i < kPoints; ++i) __builtin_prefetch(next.x[i] + (next.x[i] == zeros_ ? 0 : c));
-        input_tile<kOut, T, float>(here.x, {c, c + kLanes}, s_.C, int(channels), x, 0, p_.x_point);
+        input_tile<kOut, kOut, T, float>(here.x, {c, c + kLanes}, s_.C, int(channels), x, 0, p_.x_point);
       }
     }
   }

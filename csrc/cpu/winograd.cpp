@@ -1,10 +1,11 @@
-// "winograd4" and "winograd2" in float32, and their doors for both dtypes.
+// "winograd4" and "winograd2" in float32, and the doors of all three for both dtypes.
 #include "winograd_run.h"
 
 namespace rf {
 namespace RF_ISA {
 
 void winograd2_bf16(const ConvArgs&, const Team&);  // winograd_bf16.cpp
+void winograd4x2_bf16(const ConvArgs&, const Team&);
 
 static const char* why_not(const ConvShape& s, DType) {
   if (s.planar) return "Winograd reads NHWC only";
@@ -16,36 +17,55 @@ static const char* why_not(const ConvShape& s, DType) {
   return nullptr;
 }
 static const char* why_not4(const ConvShape& s, DType t) {
-  return t == DType::f32 ? why_not(s, t) : "F(4x4) loses six times eager's accuracy in bfloat16; F(2x2) does not";
+  return t == DType::f32 ? why_not(s, t) : "F(4x4) loses six times eager's accuracy in bfloat16; F(4x2) and F(2x2) do not";
+}
+static const char* why_not4x2(const ConvShape& s, DType t) {
+  return t == DType::bf16 ? why_not(s, t) : "F(4x2) is for bfloat16: float32 has F(4x4)";
 }
 
-template <int M>
+template <int M, int L>
 struct Doors {
+  static constexpr bool kFloat = M == L, kBf16 = L == 2;  // the dtypes an algorithm has, as why_not says
+
+  template <class Use>
+  static auto with_plan(const ConvShape& s, DType t, const ConvConfig& c, const Use& use) {
+    if constexpr (!kBf16) return use(WinogradPlan<M, L, float>(s, c));
+    else if constexpr (!kFloat) return use(WinogradPlan<M, L, Bf16Word>(s, c));
+    else return t == DType::f32 ? use(WinogradPlan<M, L, float>(s, c)) : use(WinogradPlan<M, L, Bf16Word>(s, c));
+  }
   static ConvConfig defaults(const ConvShape& s, DType, int threads) {
     ConvConfig c;
-    c.split_cols = prefer_split_cols(s.N * ceil_div(s.P, int64_t(M)) * ceil_div(s.Q, int64_t(M)), s.K, threads);
+    c.split_cols = prefer_split_cols(s.N * ceil_div(s.P, int64_t(M)) * ceil_div(s.Q, int64_t(L)), s.K, threads);
     return c;
   }
   static size_t packed_bytes(const ConvShape& s, DType t) {
-    return t == DType::f32 ? WinogradPlan<M, float>(s, {}).weight_bytes() : WinogradPlan<M, Bf16Word>(s, {}).weight_bytes();
+    return with_plan(s, t, {}, [](const auto& plan) { return plan.weight_bytes(); });
   }
   static void pack(const ConvShape& s, DType t, void* packed, const float* w, const float* fold, int threads) {
-    t == DType::f32 ? winograd_pack<M, float>(s, packed, w, fold, threads) : winograd_pack<M, Bf16Word>(s, packed, w, fold, threads);
+    if constexpr (kFloat) {
+      if (t == DType::f32) return winograd_pack<M, L, float>(s, packed, w, fold, threads);
+    }
+    if constexpr (kBf16) winograd_pack<M, L, Bf16Word>(s, packed, w, fold, threads);
   }
   static size_t scratch_bytes(const ConvShape& s, DType t, const ConvConfig& c, int threads) {
-    return t == DType::f32 ? WinogradPlan<M, float>(s, c).scratch_bytes(c, threads) : WinogradPlan<M, Bf16Word>(s, c).scratch_bytes(c, threads);
+    return with_plan(s, t, c, [&](const auto& plan) { return plan.scratch_bytes(c, threads); });
   }
   static void run(const ConvArgs& a, const Team& team) {
-    if (a.dtype == DType::f32) {
-      WinogradRun<M, float, float>(a, team).run();
-    } else {
-      winograd2_bf16(a, team);
+    if constexpr (kFloat) {
+      if (a.dtype == DType::f32) return WinogradRun<M, L, float, float>(a, team).run();
     }
+    if constexpr (kBf16) M == 4 ? winograd4x2_bf16(a, team) : winograd2_bf16(a, team);
   }
 };
 
-const Algorithm kWinograd4 = {"winograd4", why_not4, Doors<4>::defaults, Doors<4>::packed_bytes, Doors<4>::pack, Doors<4>::scratch_bytes, Doors<4>::run};
-const Algorithm kWinograd2 = {"winograd2", why_not, Doors<2>::defaults, Doors<2>::packed_bytes, Doors<2>::pack, Doors<2>::scratch_bytes, Doors<2>::run};
+template <int M, int L>
+static constexpr Algorithm algorithm(const char* name, const char* (*can)(const ConvShape&, DType)) {
+  using D = Doors<M, L>;
+  return {name, can, D::defaults, D::packed_bytes, D::pack, D::scratch_bytes, D::run};
+}
+const Algorithm kWinograd4 = algorithm<4, 4>("winograd4", why_not4);
+const Algorithm kWinograd2 = algorithm<2, 2>("winograd2", why_not);
+const Algorithm kWinograd4x2 = algorithm<4, 2>("winograd4x2", why_not4x2);
 
 }  // namespace RF_ISA
 }  // namespace rf

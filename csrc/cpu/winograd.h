@@ -1,6 +1,6 @@
-// Winograd's 3x3 stride 1 convolution F(MxM): Y = A^T [ sum_c (G g G^T) * (B^T d B) ] A per tile of MxM outputs.
-// (M+2)^2 / (9 M^2) of the direct multiplications: 0.44 for M = 2, 0.25 for M = 4. A block of tiles goes through
-// input transform, (M+2)^2 small GEMMs and output transform with epilogue while its two buffers stay in L2.
+// Winograd's 3x3 stride 1 convolution F(MxL): Y = A^T [ sum_c (G g G^T) * (B^T d B) ] A per tile of M rows by L columns of
+// outputs. (M+2)(L+2) / (9 M L) of the direct multiplications: 0.44 for 2x2, 0.33 for 4x2, 0.25 for 4x4. A block of tiles
+// goes through input transform, (M+2)(L+2) small GEMMs and output transform with epilogue while its two buffers stay in L2.
 // Points 0, +-3/4, +-3/2 and infinity for M = 4: half the rounding error of 0, +-1, +-2 at the same cost.
 // Tried and lost: keeping the whole 6x6 tile between the two passes of the input transform. It spills, and a
 // 512-bit store costs two cycles; reading a column again for every pair of points costs one.
@@ -62,36 +62,36 @@ RF_INLINE void input_line(const Vec* d, Vec* out) {
   out[M + 1] = Points<M>::ends(d[1], d[3], d[kWide ? 5 : 3]);
 }
 
-// Transforms channels [0, channels) of one tile. at: the (M+2)^2 input pixels, each a run of channels.
-// Point (i, j) of a channel lands at out + (i*(M+2)+j)*point_stride, channels in chunks chunk_stride apart.
-template <int M, class T, class Element>
+// Transforms channels [0, channels) of one tile. at: the (M+2)(L+2) input pixels, each a run of channels.
+// Point (i, j) of a channel lands at out + (i*(L+2)+j)*point_stride, channels in chunks chunk_stride apart.
+template <int M, int L, class T, class Element>
 __attribute__((noinline)) void input_tile(const T* const* at, Range channels, int64_t real, int chunk, Element* out, int64_t chunk_stride, int64_t point_stride) {
-  constexpr int kT = M + 2;
+  constexpr int kW = L + 2;
   for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
     Element* to = out + c / chunk * chunk_stride + c % chunk;
     const int n = int(smaller(larger(real - c, int64_t(0)), int64_t(kLanes)));
     const auto transform = [&](auto get) __attribute__((always_inline)) {
       const auto finish = [&](const Vec* line, int i) __attribute__((always_inline)) {
-        Vec points[kT];
-        input_line<M>(line, points);
-        RF_UNROLL for (int j = 0; j < kT; ++j) store(to + (i * kT + j) * point_stride, points[j]);
+        Vec points[kW];
+        input_line<L>(line, points);
+        RF_UNROLL for (int j = 0; j < kW; ++j) store(to + (i * kW + j) * point_stride, points[j]);
       };
-      Vec first[kT], second[kT];
-      RF_UNROLL for (int j = 0; j < kT; ++j) first[j] = Points<M>::ends(get(0, j), get(2, j), get(M == 4 ? 4 : 2, j));
+      Vec first[kW], second[kW];
+      RF_UNROLL for (int j = 0; j < kW; ++j) first[j] = Points<M>::ends(get(0, j), get(2, j), get(M == 4 ? 4 : 2, j));
       finish(first, 0);
       RF_UNROLL for (int p = 0; p < Points<M>::kPairs; ++p) {
-        RF_UNROLL for (int j = 0; j < kT; ++j)
+        RF_UNROLL for (int j = 0; j < kW; ++j)
           Points<M>::pair(p, get(1, j), get(2, j), get(3, j), get(M == 4 ? 4 : 3, j), first[j], second[j]);
         finish(first, 1 + 2 * p);
         finish(second, 2 + 2 * p);
       }
-      RF_UNROLL for (int j = 0; j < kT; ++j) first[j] = Points<M>::ends(get(1, j), get(3, j), get(M == 4 ? 5 : 3, j));
-      finish(first, kT - 1);
+      RF_UNROLL for (int j = 0; j < kW; ++j) first[j] = Points<M>::ends(get(1, j), get(3, j), get(M == 4 ? 5 : 3, j));
+      finish(first, M + 1);
     };
     if (n == kLanes) {
-      transform([&](int i, int j) __attribute__((always_inline)) { return load(at[i * kT + j] + c); });
+      transform([&](int i, int j) __attribute__((always_inline)) { return load(at[i * kW + j] + c); });
     } else {
-      transform([&](int i, int j) __attribute__((always_inline)) { return load_n(at[i * kT + j] + (n ? c : 0), n); });
+      transform([&](int i, int j) __attribute__((always_inline)) { return load_n(at[i * kW + j] + (n ? c : 0), n); });
     }
   }
 }
@@ -106,23 +106,23 @@ struct OutputTile {
   bool relu;
 };
 
-template <int M, class T>
+template <int M, int L, class T>
 __attribute__((noinline)) void output_tile(const float* sums, int64_t point_stride, Vec scale, Vec shift, const OutputTile<T>& o) {
-  constexpr int kT = M + 2;
-  Vec half[M][kT], y[M][M];
-  RF_UNROLL for (int j = 0; j < kT; ++j) {
-    Vec m[kT], column[M];
-    RF_UNROLL for (int i = 0; i < kT; ++i) m[i] = load(sums + (i * kT + j) * point_stride);
+  constexpr int kH = M + 2, kW = L + 2;
+  Vec half[M][kW], y[M][L];
+  RF_UNROLL for (int j = 0; j < kW; ++j) {
+    Vec m[kH], column[M];
+    RF_UNROLL for (int i = 0; i < kH; ++i) m[i] = load(sums + (i * kW + j) * point_stride);
     Points<M>::output(m, column);
     RF_UNROLL for (int i = 0; i < M; ++i) half[i][j] = column[i];
   }
   RF_UNROLL for (int i = 0; i < M; ++i) {
-    Points<M>::output(half[i], y[i]);
-    RF_UNROLL for (int j = 0; j < M; ++j) y[i][j] = fma(y[i][j], scale, shift);
+    Points<L>::output(half[i], y[i]);
+    RF_UNROLL for (int j = 0; j < L; ++j) y[i][j] = fma(y[i][j], scale, shift);
   }
-  if (o.high >= M && o.wide >= M && o.cols >= kLanes) {
+  if (o.high >= M && o.wide >= L && o.cols >= kLanes) {
     RF_UNROLL for (int i = 0; i < M; ++i) {
-      RF_UNROLL for (int j = 0; j < M; ++j) {
+      RF_UNROLL for (int j = 0; j < L; ++j) {
         const int64_t at = i * o.row_stride + j * o.pixel_stride;
         if (o.residual) y[i][j] = y[i][j] + load(o.residual + at);
         if (o.relu) y[i][j] = relu(y[i][j]);
@@ -134,7 +134,7 @@ __attribute__((noinline)) void output_tile(const float* sums, int64_t point_stri
   const int n = smaller(o.cols, kLanes);
   RF_UNROLL for (int i = 0; i < M; ++i) {
     if (i >= o.high) break;
-    RF_UNROLL for (int j = 0; j < M; ++j) {
+    RF_UNROLL for (int j = 0; j < L; ++j) {
       if (j >= o.wide) break;
       const int64_t at = i * o.row_stride + j * o.pixel_stride;
       if (o.residual) y[i][j] = y[i][j] + load_n(o.residual + at, n);

@@ -8,9 +8,9 @@
 namespace rf {
 namespace RF_ISA {
 
-template <int M, class Word>
+template <int M, int L, class Word>
 struct WinogradPlan {
-  static constexpr int kT = M + 2, kPoints = kT * kT;
+  static constexpr int kPoints = (M + 2) * (L + 2);
   int64_t tiles_h, tiles_w, tiles, chunks, words, panels;
   int64_t block_tiles, block_panels;
   int64_t v_stride, sum_stride;  // between points, in words and floats
@@ -18,7 +18,7 @@ struct WinogradPlan {
 
   WinogradPlan(const ConvShape& s, const ConvConfig& c) {
     tiles_h = ceil_div(s.P, int64_t(M));
-    tiles_w = ceil_div(s.Q, int64_t(M));
+    tiles_w = ceil_div(s.Q, int64_t(L));
     tiles = s.N * tiles_h * tiles_w;
     chunks = ceil_div(s.C, int64_t(kChunk<Word>));
     words = chunks * kLanes;
@@ -55,20 +55,29 @@ inline void winograd_filter_matrix(double (*g)[3]) {
   g[kT - 1][2] = 1;
 }
 
+// G of the rows and of the columns.
+template <int M, int L>
+struct WinogradFilter {
+  double h[M + 2][3], w[L + 2][3];
+  WinogradFilter() {
+    winograd_filter_matrix<M>(h);
+    winograd_filter_matrix<L>(w);
+  }
+};
+
 // packed: [point][panel][word][kPanel], G g G^T in double, zeros beyond C and K.
-template <int M, class Word>
+template <int M, int L, class Word>
 void winograd_pack(const ConvShape& s, void* packed, const float* w, const float* fold, int threads) {
   using Element = typename WordOf<Word>::Element;
-  constexpr int kElements = WordOf<Word>::kElements, kT = M + 2;
-  const WinogradPlan<M, Word> p(s, {});
-  double g[kT][3];
-  winograd_filter_matrix<M>(g);
+  constexpr int kElements = WordOf<Word>::kElements, kH = M + 2, kW = L + 2;
+  const WinogradPlan<M, L, Word> p(s, {});
+  const WinogradFilter<M, L> g;
   Element* out = static_cast<Element*>(packed);
   parallel(threads, [&](const Team& team) {
     const Range mine = team.share(p.panels);
     for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
       for (int64_t word = 0; word < p.words; ++word) {
-        alignas(64) Element line[kT * kT][kPanel * kElements];
+        alignas(64) Element line[kH * kW][kPanel * kElements];
         std::memset(line, 0, sizeof(line));
         for (int e = 0; e < kElements; ++e) {
           const int64_t c = word * kElements + e;
@@ -78,26 +87,26 @@ void winograd_pack(const ConvShape& s, void* packed, const float* w, const float
             if (k >= s.K) break;
             const float* f = w + (k * s.C + c) * 9;
             const double factor = fold ? fold[k] : 1.0;
-            double half[kT][3];
-            for (int i = 0; i < kT; ++i)
-              for (int x = 0; x < 3; ++x) half[i][x] = (g[i][0] * f[x] + g[i][1] * f[3 + x] + g[i][2] * f[6 + x]) * factor;
-            for (int i = 0; i < kT; ++i)
-              for (int l = 0; l < kT; ++l)
-                from_float(float(half[i][0] * g[l][0] + half[i][1] * g[l][1] + half[i][2] * g[l][2]), &line[i * kT + l][j * kElements + e]);
+            double half[kH][3];
+            for (int i = 0; i < kH; ++i)
+              for (int x = 0; x < 3; ++x) half[i][x] = (g.h[i][0] * f[x] + g.h[i][1] * f[3 + x] + g.h[i][2] * f[6 + x]) * factor;
+            for (int i = 0; i < kH; ++i)
+              for (int l = 0; l < kW; ++l)
+                from_float(float(half[i][0] * g.w[l][0] + half[i][1] * g.w[l][1] + half[i][2] * g.w[l][2]), &line[i * kW + l][j * kElements + e]);
           }
         }
-        for (int i = 0; i < kT * kT; ++i)
+        for (int i = 0; i < kH * kW; ++i)
           std::memcpy(out + (((i * p.panels + panel) * p.words) + word) * kPanel * kElements, line[i], sizeof(line[i]));
       }
     }
   });
 }
 
-template <int M, class T, class Word>
+template <int M, int L, class T, class Word>
 class WinogradRun {
-  using Plan = WinogradPlan<M, Word>;
+  using Plan = WinogradPlan<M, L, Word>;
   using Element = typename WordOf<Word>::Element;
-  static constexpr int kT = M + 2, kPoints = kT * kT;
+  static constexpr int kH = M + 2, kW = L + 2, kPoints = kH * kW;
 
  public:
   WinogradRun(const ConvArgs& args, const Team& team) : a_(args), s_(args.shape), p_(args.shape, args.config), team_(team) {
@@ -157,7 +166,7 @@ class WinogradRun {
   };
   Place place(int64_t tile) const {
     const int64_t per_image = p_.tiles_h * p_.tiles_w, at = tile % per_image;
-    return {tile / per_image, at / p_.tiles_w * M, at % p_.tiles_w * M};
+    return {tile / per_image, at / p_.tiles_w * M, at % p_.tiles_w * L};
   }
 
   void input(Range block, Range channels) {
@@ -170,15 +179,15 @@ class WinogradRun {
       for (int64_t r = 0; r < height; ++r) {
         const Place at = place(block.begin + first + r);
         const T* pixel[kPoints];
-        for (int i = 0; i < kT; ++i) {
+        for (int i = 0; i < kH; ++i) {
           const int64_t h = at.h - s_.pad_h + i;
-          for (int j = 0; j < kT; ++j) {
+          for (int j = 0; j < kW; ++j) {
             const int64_t w = at.w - s_.pad_w + j;
             const bool inside = h >= 0 && h < s_.H && w >= 0 && w < s_.W;
-            pixel[i * kT + j] = inside ? x + ((at.n * s_.H + h) * s_.W + w) * s_.C : zeros_;
+            pixel[i * kW + j] = inside ? x + ((at.n * s_.H + h) * s_.W + w) * s_.C : zeros_;
           }
         }
-        input_tile<M, T, Element>(pixel, channels, s_.C, kChunk<Word>, out + r * kChunk<Word>, height * kChunk<Word>, p_.v_stride * WordOf<Word>::kElements);
+        input_tile<M, L, T, Element>(pixel, channels, s_.C, kChunk<Word>, out + r * kChunk<Word>, height * kChunk<Word>, p_.v_stride * WordOf<Word>::kElements);
       }
     }
   }
@@ -231,8 +240,8 @@ class WinogradRun {
       o.y = static_cast<T*>(a_.y) + at;
       o.residual = a_.residual ? static_cast<const T*>(a_.residual) + at : nullptr;
       o.high = int(smaller(s_.P - to.h, int64_t(M)));
-      o.wide = int(smaller(s_.Q - to.w, int64_t(M)));
-      output_tile<M, T>(sums + (tile - block.begin) * kPanel, p_.sum_stride, scale, shift, o);
+      o.wide = int(smaller(s_.Q - to.w, int64_t(L)));
+      output_tile<M, L, T>(sums + (tile - block.begin) * kPanel, p_.sum_stride, scale, shift, o);
     }
   }
 

@@ -195,7 +195,7 @@ def pack_pair(sizes, algorithm, dense, wanted_strides, address, threads, dtype=0
 
 
 @pytest.mark.parametrize("channels", [(64, 64), (45, 33), (16, 130), (256, 256)], ids=str)
-@pytest.mark.parametrize("name", ["direct", "winograd2", "winograd4"])
+@pytest.mark.parametrize("name", ["direct", "winograd2", "winograd4", "winograd4x2"])
 def test_strided_packing_has_conv_packs_bits(name, channels):
     """Forward and exchanged filters, channels_last and contiguous."""
     algorithm = _C.conv_algorithms().index(name)
@@ -205,17 +205,17 @@ def test_strided_packing_has_conv_packs_bits(name, channels):
         sk, sc, sr, ss = w.stride()
         forward = [1, 8, 8, c, k, 3, 3, 8, 8, 1, 1, 1, 1, 1, 1, 1]
         backward = [1, 8, 8, k, c, 3, 3, 8, 8, 1, 1, 1, 1, 1, 1, 1]
-        assert _C.conv_pack_strided_why_not(forward, 0, algorithm) is None
+        able = [dtype for dtype in (0, 1) if _C.conv_pack_strided_why_not(forward, dtype, algorithm) is None]
+        assert (0 in able) == (name != "winograd4x2") and (1 in able) == (name != "winograd4" and c % 2 == 0)
         for threads in (1, 3):
-            a, b = pack_pair(forward, algorithm, w.contiguous(), (sk, sc, sr, ss), w.data_ptr(), threads)
-            assert not a.isnan().any() and torch.equal(a, b)
-            if _C.conv_pack_strided_why_not(forward, 1, algorithm) is None:
-                a, b = pack_pair(forward, algorithm, w.contiguous(), (sk, sc, sr, ss), w.data_ptr(), threads, 1)
+            for dtype in able:
+                a, b = pack_pair(forward, algorithm, w.contiguous(), (sk, sc, sr, ss), w.data_ptr(), threads, dtype)
                 assert not a.isnan().any() and torch.equal(a, b)
-            flipped = w.transpose(0, 1).flip(2, 3).contiguous()
-            last = w.data_ptr() + 4 * (2 * sr + 2 * ss)
-            a, b = pack_pair(backward, algorithm, flipped, (sc, sk, -sr, -ss), last, threads)
-            assert not a.isnan().any() and torch.equal(a, b)
+                if _C.conv_pack_strided_why_not(backward, dtype, algorithm) is None:
+                    flipped = w.transpose(0, 1).flip(2, 3).contiguous()
+                    last = w.data_ptr() + 4 * (2 * sr + 2 * ss)
+                    a, b = pack_pair(backward, algorithm, flipped, (sc, sk, -sr, -ss), last, threads, dtype)
+                    assert not a.isnan().any() and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["direct", "winograd2", "winograd4"])
@@ -237,13 +237,13 @@ def test_data_gradient_by_a_convolution(name):
     assert ((dx.double() - exact).abs().max() / exact.abs().max()).item() <= 3e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name,dtype", [("winograd4", DTYPES[0]), ("winograd2", DTYPES[1]), ("winograd4x2", DTYPES[1])])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("given", [(2, 488, 7, 7, 520), (1, 600, 9, 10, 450)], ids=str)
-def test_filters_packed_a_panel_at_a_time(given, layout, dtype):
+def test_filters_packed_a_panel_at_a_time(given, layout, name, dtype):
     """The bits of packing them whole: shift, residual and ReLU too, for any number of threads, from NaN-filled scratch."""
     n, c, h, w, k = given
-    number, name = DTYPES.index(dtype), "winograd4" if dtype == torch.float32 else "winograd2"
+    number = DTYPES.index(dtype)
     algorithm, shape = _C.conv_algorithms().index(name), [n, h, w, c, k, 3, 3, h, w, 1, 1, 1, 1, 1, 1, 1]
     x = randn(n, c, h, w, dtype=dtype).to(memory_format=torch.channels_last)
     filters, shift = torch.randn(k, c, 3, 3).contiguous(memory_format=layout), torch.randn(k)

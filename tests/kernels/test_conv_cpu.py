@@ -253,14 +253,20 @@ def test_threads_and_blocks_change_no_bit(case, dtype, algorithm):
             assert torch.equal(once, again), (threads, config)
 
 
-@pytest.mark.parametrize("name,bound", [("winograd4", 6.0), ("winograd2", 2.5), ("direct", 1.5)])
+STATED = [
+    ("winograd4", torch.float32, 6.0), ("winograd2", torch.float32, 2.5), ("direct", torch.float32, 1.5),
+    ("winograd4x2", torch.bfloat16, 3.5), ("winograd2", torch.bfloat16, 2.0), ("direct", torch.bfloat16, 1.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,dtype,bound", STATED, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype, _ in STATED])
 @pytest.mark.parametrize("channels,size", [(64, 28), (256, 14), (512, 7)])
-def test_rms_error_in_float32(name, bound, channels, size):
+def test_rms_error_of_a_layer(name, dtype, bound, channels, size):
     """The stated bound: rms error against float64 as a multiple of eager's, on a ResNet's 3x3 layers."""
     case = Case(1, size, size, channels, 64, 3, 3, pad=(1, 1))
-    operands = {key: value for key, value in inputs(case, torch.float32).items() if key in "xw"}
+    operands = {key: value for key, value in inputs(case, dtype).items() if key in "xw"}
     truth = reference(case, torch.float64, **operands)
-    eager = (reference(case, torch.float32, **operands).double() - truth).pow(2).mean().sqrt()
+    eager = (reference(case, dtype, **operands).double() - truth).pow(2).mean().sqrt()
     own = (conv(case, default(NAMES.index(name)), **operands).double() - truth).pow(2).mean().sqrt()
     assert own <= bound * eager
 
@@ -357,11 +363,11 @@ def test_stem_reads_nchw(dtype):
         assert torch.equal(y.permute(0, 3, 1, 2), conv(case, default(stem), x, w))
 
 
-@pytest.mark.parametrize("name", ["winograd2", "winograd4"])
-def test_winograd_refuses_one_channel(name):
+@pytest.mark.parametrize("name,dtype", [("winograd2", 0), ("winograd4", 0), ("winograd2", 1), ("winograd4x2", 1)])
+def test_winograd_refuses_one_channel(name, dtype):
     case = Case(1, 2, 3, 1, 2, 3, 3, pad=(1, 1))
-    assert "3 input channels" in _C.conv_why_not(case.sizes, 0, NAMES.index(name))
-    assert NAMES[_C.conv_heuristic(case.sizes, 0, 1, False)[0]] == "direct"
+    assert "3 input channels" in _C.conv_why_not(case.sizes, dtype, NAMES.index(name))
+    assert NAMES[_C.conv_heuristic(case.sizes, dtype, 1, False)[0]] == "direct"
 
 
 def test_direct_takes_every_shape():
