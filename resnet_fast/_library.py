@@ -70,14 +70,20 @@ def autograd(name: str, setup: Callable[..., None], backward: Callable[..., Any]
     torch.library.register_autograd(f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=_lib)
 
 
-def autocast(name: str, arguments: Sequence[str], devices: Sequence[str] = ("cpu", "cuda")) -> None:
+def autocast(
+    name: str, arguments: Sequence[str], devices: Sequence[str] = ("cpu", "cuda"), rounded_by_rooms: Sequence[str] = ()
+) -> None:
     """Under autocast cast these arguments to its dtype, and only these: statistics and affine parameters stay float32.
+
+    Those of `rounded_by_rooms` stay as they are on CPUs (unless the triton room is asked for by name), where the rooms round
+    filters as they pack them: cast before, they and their gradients are read and written twice more each step.
 
     (`torch.library.register_autocast` would cast every floating tensor.)
     """
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     names = [a.name for a in overload._schema.arguments]
     chosen = {names.index(a) for a in arguments}
+    later = {names.index(a) for a in rounded_by_rooms}
 
     def register(device: str) -> None:
         key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
@@ -85,8 +91,9 @@ def autocast(name: str, arguments: Sequence[str], devices: Sequence[str] = ("cpu
 
         def cast_and_call(*args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device)
+            now = chosen if device != "cpu" or backends.forced() == "triton" else chosen - later
             cast = [
-                a.to(dtype) if i in chosen and isinstance(a, torch.Tensor) and _castable(a) else a
+                a.to(dtype) if i in now and isinstance(a, torch.Tensor) and _castable(a) else a
                 for i, a in enumerate(args)
             ]
             with torch._C._ExcludeDispatchKeyGuard(keys):

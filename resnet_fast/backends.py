@@ -159,13 +159,13 @@ def run(op: str, door: str, *args: Any) -> Any:
         if reason is not None:
             raise RuntimeError(f"resnet_fast: backend {name!r} cannot run {op}.{door}: {reason}")
         return _call(op, name, door, args)
+    key = signature(op, door, args)
+    choice = _choices.get(key)
+    if choice in ORDER and why_not(op, choice, door, args) is None:
+        return _call(op, choice, door, args)
     able = [name for name in ORDER if why_not(op, name, door, args) is None]
     if len(able) == 1:
         return _call(op, able[0], door, args)
-    key = signature(op, door, args)
-    choice = _choices.get(key)
-    if choice in able:
-        return _call(op, choice, door, args)
     if not _choices.measuring() or _capturing(args):
         return _call(op, able[0], door, args)
     return _tune(op, door, args, able, key)

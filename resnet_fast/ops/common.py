@@ -161,6 +161,7 @@ def convolution_arguments(op, x, weight, bias, stride, padding, dilation, groups
     if weight.dim() != 4:
         raise RuntimeError(f"{op}: wanted weight of shape (K, C / groups, R, S), got {tuple(weight.shape)}")
     check_same_device(op, x=x, weight=weight, bias=bias)
+    _check_one_dtype(op, x=x, weight=weight, bias=bias)
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     if min(stride) < 1 or min(dilation) < 1:
         raise RuntimeError(f"{op}: wanted stride and dilation of at least 1, got {stride} and {dilation}")
@@ -182,6 +183,20 @@ def convolution_arguments(op, x, weight, bias, stride, padding, dilation, groups
             f"{tuple(weight.shape[2:])} (padding {padding}, dilation {dilation})"
         )
     return x, list(stride), list(padding), list(dilation)
+
+
+def _check_one_dtype(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Under autocast dtypes may differ; the rooms take filters in float32 then, and only then."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return
+    for name, t in others.items():
+        if t is not None and t.dtype != x.dtype:
+            raise RuntimeError(f"{op}: wanted one dtype, got x of {x.dtype} and {name} of {t.dtype}")
+
+
+def rounded(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """A filter or bias that autocast left in float32, in the 16-bit dtype of x; anything else as it is."""
+    return t.to(x.dtype) if t is not None and t.dtype == torch.float32 and x.dtype.itemsize == 2 else t
 
 
 def _named_padding(op, x, weight, padding, stride, dilation):

@@ -40,10 +40,11 @@ def plan(shape: Sizes, dtype: int, threads: int, exact: bool) -> tuple[list[int]
 
 
 def why_not(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
-    """Dense CPU tensors of one dtype, float32 or bfloat16."""
+    """Dense CPU tensors of one dtype, float32 or bfloat16; the weight float32 with either (the kernels pack it from that)."""
     if x.numel() == 0 or weight.numel() == 0:
         return "the cpu room leaves empty tensors to eager"
-    return common.cpu_why_not(x, weight, *others)
+    given = (x, *others) if weight.dtype == torch.float32 and weight.device.type == "cpu" else (x, weight, *others)
+    return common.cpu_why_not(*given)
 
 
 def run(

@@ -221,9 +221,9 @@ class TestConv2d(Contract):
             ("(7,)", (x, w, torch.randn(7)), {}),
             ("(8, 1)", (x, w, torch.randn(8, 1)), {}),
             ("int64", (x.long(), w), {}),
-            ("BFloat16", (x, w.bfloat16()), {}),
-            ("Double", (x.double(), w), {}),
-            ("BFloat16", (x, w, torch.randn(8).bfloat16()), {}),
+            ("torch.bfloat16", (x, w.bfloat16()), {}),
+            ("torch.float64", (x.double(), w), {}),
+            ("torch.bfloat16", (x, w, torch.randn(8).bfloat16()), {}),
         ):
             refused_as_eager(
                 lambda a=args, o=options: functional.conv2d(*a, **o),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resnet_fast.ops import common
 from resnet_fast.ops.bn_act import eager as bn_act
 from resnet_fast.ops.conv2d import eager as conv2d
 
@@ -50,4 +51,5 @@ def differentiable(
 ) -> Tensor:
     """The convolution's output as a graph autograd can differentiate twice; with `training` mean and var are z's own."""
     statistics = (None, None) if training else (mean, var)
+    weight, bias = common.rounded(weight, z), common.rounded(bias, z)
     return F.conv2d(torch.relu(F.batch_norm(z, *statistics, gamma, beta, training, 0.0, eps)), weight, bias, *window)

@@ -160,4 +160,4 @@ _gradient = _library.compose(
     fake=_fake_backward,
 )
 _library.autograd("bn_act_conv2d", _setup, _backward)
-_library.autocast("bn_act_conv2d", ("z", "weight", "bias"))
+_library.autocast("bn_act_conv2d", ("z", "weight", "bias"), rounded_by_rooms=("weight", "bias"))

@@ -14,9 +14,9 @@ from resnet_fast.ops.conv2d import eager
 
 
 def why_not(door: str, first: Tensor, second: Tensor, *args: object) -> str | None:
-    """Dense CPU tensors of one dtype, float32 or bfloat16."""
-    if door == "fwd":
-        return conv_cpu.why_not(first, second, args[0])
+    """Dense CPU tensors of one dtype, float32 or bfloat16; the weight may be float32."""
+    if door == "fwd":  # the bias is an epilogue's vector, of any floating dtype
+        return conv_cpu.why_not(first, second)
     return conv_cpu.backward_why_not(first, second, *args)
 
 

@@ -23,6 +23,7 @@ def fwd(
     groups: int,
 ) -> Tensor:
     """The convolution's output, channels_last."""
+    weight, bias = common.rounded(weight, x), common.rounded(bias, x)
     return common.as_output(
         torch.nn.functional.conv2d(common.channels_last(x), weight, bias, stride, padding, dilation, groups)
     )
@@ -44,11 +45,11 @@ def bwd(
     if not any(wants):
         return none, none.clone(), none.clone()
     dx, dw, db = torch.ops.aten.convolution_backward(
-        common.channels_last(dy), common.channels_last(x), weight, [weight.shape[0]] if bias else None,
+        common.channels_last(dy), common.channels_last(x), common.rounded(weight, x), [weight.shape[0]] if bias else None,
         stride, padding, dilation, False, [0, 0], groups, wants,
     )  # fmt: skip
     return (
         common.as_output(dx) if wants[0] else none,
-        dw if wants[1] else none.clone(),
-        db if wants[2] else none.clone(),
+        dw.to(weight.dtype) if wants[1] else none.clone(),
+        db.to(weight.dtype) if wants[2] else none.clone(),
     )

@@ -24,7 +24,7 @@ def conv2d(
     Shape:
         x: (N, C, H, W) in any memory format, channels_last is native; weight: (K, C / groups, R, S); bias: (K,) or
         None; output: (N, K, P, Q) channels_last with P = floor((H + 2 padding - dilation (R - 1) - 1) / stride) + 1.
-        One floating dtype; autocast casts x, weight and bias.
+        One floating dtype; autocast casts x, weight and bias (on CPUs the rooms round the latter two).
     Maths:
         y[n, k, p, q] = bias[k] + sum over c, r, s of w[k, c, r, s] x[n, c, p stride + r dilation - padding, ...].
     Cost:
@@ -105,4 +105,4 @@ _gradient = _library.compose(
     fake=_fake_backward,
 )
 _library.autograd("conv2d", _setup, _backward)
-_library.autocast("conv2d", ("x", "weight", "bias"))
+_library.autocast("conv2d", ("x", "weight", "bias"), rounded_by_rooms=("weight", "bias"))

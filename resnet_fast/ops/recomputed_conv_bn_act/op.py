@@ -137,6 +137,7 @@ def _run(
 
 def _stem(x, weight, bias, gamma, beta, mean, var, eps, stride, padding, dilation, groups, pool):
     norm_, window = (gamma, beta, mean, var), (stride, padding, dilation, groups)
+    weight, bias = common.rounded(weight, x), common.rounded(bias, x)
 
     def parts():
         y = backends.run("conv_bn_act", "fwd", x, weight, bias, *norm_, None, eps, True, *window)
@@ -277,4 +278,4 @@ _gradient = _library.compose(
     fake=_fake_backward,
 )
 _library.autograd(OP, _setup, _backward)
-_library.autocast(OP, ("x", "weight", "bias"))
+_library.autocast(OP, ("x", "weight", "bias"), rounded_by_rooms=("weight", "bias"))
