@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from cases import FLOATS, check_add_relu, check_bn_act, check_bn_pool, check_max_pool, random, room
+from cases import (
+    FLOATS,
+    check_add_relu,
+    check_bn_act,
+    check_bn_mean,
+    check_bn_pool,
+    check_max_pool,
+    check_scale_add_relu,
+    random,
+    room,
+)
 from conv_cases import (
     GEOMETRIES,
     STEMS,
@@ -33,7 +43,9 @@ def test_elementwise(channels, dtype):
         for residual in (True, False):
             check_bn_act((3, channels, 9, 7), dtype, residual, training=training, device="cuda")
     check_max_pool((2, channels, 11, 9), dtype, (3, 3), (2, 2), (1, 1), nan=True, device="cuda")
+    check_scale_add_relu((3, channels, 9, 7), dtype, nan=True, device="cuda")
     for training in (True, False):
+        check_bn_mean((3, channels, 7, 7), dtype, training=training, device="cuda")
         check_bn_pool((2, channels, 11, 9), dtype, (3, 3), (2, 2), (1, 1), training=training, device="cuda")
 
 

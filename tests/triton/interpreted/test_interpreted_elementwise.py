@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from cases import FLOATS, check_add_relu, check_bn_act, check_bn_pool, check_max_pool
+from cases import (
+    FLOATS,
+    check_add_relu,
+    check_bn_act,
+    check_bn_mean,
+    check_bn_pool,
+    check_max_pool,
+    check_scale_add_relu,
+)
 
 ODD = [1, 3, 5, 65, 127]
 
@@ -128,3 +136,56 @@ def test_max_pool_all_minus_infinity():
     x = torch.full((1, 3, 5, 5), -float("inf")).to(memory_format=torch.channels_last)
     y, place = room("max_pool2d").fwd(x, [3, 3], [2, 2], [1, 1], [1, 1], [3, 3], True)
     assert bool((y == -float("inf")).all()) and int(place[0, 0, 0, 0]) == 4  # the first place inside the image
+
+
+@pytest.mark.parametrize("channels", ODD)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bn_mean(channels, dtype):
+    check_bn_mean((3, channels, 5, 7), dtype, nan=True)
+    check_bn_mean((3, channels, 1, 1), dtype, training=False, seed=50)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("affine", [(True, True), (False, False), (True, False), (False, True)])
+def test_bn_mean_options(training, relu, residual, affine):
+    check_bn_mean((2, 6, 3, 5), torch.float32, residual, relu, training, affine)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("bits", range(16))
+def test_bn_mean_wants(training, residual, bits):
+    wants = tuple(bool(bits >> i & 1) and (residual or i < 3) for i in range(4))
+    check_bn_mean((2, 4, 3, 3), torch.float32, residual, True, training, wants=wants)
+
+
+@pytest.mark.parametrize("channels", ODD)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scale_add_relu(channels, dtype):
+    check_scale_add_relu((3, channels, 5, 7), dtype, nan=True)
+    check_scale_add_relu((3, channels, 1, 1), dtype, seed=50)
+
+
+@pytest.mark.parametrize("bits", range(8))
+def test_scale_add_relu_wants(bits):
+    check_scale_add_relu((2, 4, 3, 3), torch.float32, wants=tuple(bool(bits >> i & 1) for i in range(3)))
+
+
+def test_ends_of_several_dtypes():
+    check_scale_add_relu((2, 8, 3, 5), torch.bfloat16, other=torch.float32)
+    check_bn_mean((2, 8, 3, 5), torch.bfloat16, other=torch.float32)
+
+
+def test_scale_add_relu_adds_parts(monkeypatch):
+    """An image so large that several programs share it: their sums are added by a second kernel."""
+    from resnet_fast.ops import triton_common
+
+    launched = []
+    launch = triton_common.launch
+    monkeypatch.setattr(
+        triton_common, "launch", lambda kernel, *given: launched.append(kernel.fn.__name__) or launch(kernel, *given)
+    )
+    check_scale_add_relu((1, 16, 40, 41), torch.float32)
+    assert launched == ["scale_add_relu_forward", "scale_add_relu_backward", "sum_scale_parts"]
