@@ -251,7 +251,7 @@ def test_public_parameters():
         "bn_act": "x running_mean running_var weight bias residual training momentum eps act group",
         "bn_act_conv2d": "z running_mean running_var bn_weight bn_bias weight bias training momentum eps stride padding "
         "dilation groups group",
-        "bn_act_global_avg_pool2d": "x running_mean running_var weight bias residual training momentum eps act group",
+        "bn_act_global_avg_pool2d": "x running_mean running_var weight bias residual training momentum eps group",
         "bn_act_max_pool2d": "x running_mean running_var weight bias kernel_size stride padding dilation ceil_mode "
         "training momentum eps group",
         "conv2d": "x weight bias stride padding dilation groups",

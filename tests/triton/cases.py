@@ -214,7 +214,7 @@ def check_scale_add_relu(shape, dtype, other=None, wants=(True, True, True), nan
 
 
 def check_bn_mean(
-    shape, dtype, residual=True, relu=True, training=True, affine=(True, True), wants=(True, True, True, True),
+    shape, dtype, residual=True, training=True, affine=(True, True), wants=(True, True, True, True),
     other=None, nan=False, device="cpu", seed=0,
 ):  # fmt: skip
     """The end of a network's last block: the pooled values, and the gradients without the map."""
@@ -233,11 +233,11 @@ def check_bn_mean(
             random((c,), torch.float32, seed + 5, device).abs() + 0.5,
         )
     given = (x, weight, bias, mean, var, r)
-    assert room("bn_act_global_avg_pool2d").why_not("fwd", *given, 1e-5, relu) is None
-    y = room("bn_act_global_avg_pool2d").fwd(*given, 1e-5, relu)
-    eager, truth = (bn_mean_eager.fwd(*t, 1e-5, relu) for t in (given, double(*given)))
+    assert room("bn_act_global_avg_pool2d").why_not("fwd", *given, 1e-5) is None
+    y = room("bn_act_global_avg_pool2d").fwd(*given, 1e-5)
+    eager, truth = (bn_mean_eager.fwd(*t, 1e-5) for t in (given, double(*given)))
     assert y.stride() == eager.stride() and y.dtype == eager.dtype
-    summands = bn_eager.fwd(*double(*given), False, 1e-5, relu)[0].nan_to_num().abs().mean((2, 3)).max()
+    summands = bn_eager.fwd(*double(*given), False, 1e-5, True)[0].nan_to_num().abs().mean((2, 3)).max()
     within_law(y, eager, truth, "y", FLOAT32_SUM * float(summands))
     x = x.nan_to_num()
     dy = random(y.shape, y.dtype, seed + 6, device)
@@ -245,11 +245,11 @@ def check_bn_mean(
     kink = bn_eager.fwd(*double(x, weight, bias, mean, var, r), False, 1e-5, False)[0]
     slope = ((1.0 if weight is None else weight.double()) / (var.double() + 1e-5).sqrt())[:, None, None]
     near = kink.abs() < 4 * torch.finfo(dtype).eps * kink.abs().max()
-    x = torch.where(near, x + 1 / slope, x).to(dtype) if relu else x
+    x = torch.where(near, x + 1 / slope, x).to(dtype)
     back = (dy, x, weight, bias, mean, var, r)
-    assert room("bn_act_global_avg_pool2d").why_not("bwd", *back, training, 1e-5, relu, list(wants)) is None
-    grads = room("bn_act_global_avg_pool2d").bwd(*back, training, 1e-5, relu, list(wants))
-    eager, truth = (bn_mean_eager.bwd(*t, training, 1e-5, relu, list(wants)) for t in (back, double(*back)))
+    assert room("bn_act_global_avg_pool2d").why_not("bwd", *back, training, 1e-5, list(wants)) is None
+    grads = room("bn_act_global_avg_pool2d").bwd(*back, training, 1e-5, list(wants))
+    eager, truth = (bn_mean_eager.bwd(*t, training, 1e-5, list(wants)) for t in (back, double(*back)))
     largest = FLOAT32_SUM * float(dy.double().abs().sum((0, 2, 3)).max())
     rounding = FLOAT32_SUM * float(truth[0].abs().max()) if wants[0] and dtype == torch.float32 else 0.0
     extra = (rounding, largest, largest, 0.0)

@@ -116,18 +116,18 @@ def test_compulsory_bytes_of_the_ends(simulator):
     size, vector, few = x.numel() * 2, 4 * c, 2 * 4 * c
     op, scale = room("bn_act_global_avg_pool2d"), random((4, 64, 1, 1), torch.bfloat16, 2)
     with simulator.running() as reports:
-        y = op.fwd(x, None, None, mean, var, residual, 1e-5, True)
-        op.bwd(y, x, None, None, mean, var, residual, True, 1e-5, True, [True] * 4)
+        y = op.fwd(x, None, None, mean, var, residual, 1e-5)
+        op.bwd(y, x, None, None, mean, var, residual, True, 1e-5, [True] * 4)
         z = room("scale_add_relu").fwd(x, scale, residual)
         room("scale_add_relu").bwd(residual, x, scale, z, [True] * 3)
-    part = 2 * 4 * 4 * c  # two float32 sums per image and channel
+    part, sums = 2 * 4 * 4 * c, 4 * 4 * 2 * c  # two float32 sums per image and channel; one of each of its two parts
     assert distinct(only(reports, "bn_mean_forward")) == (2 * size + 2 * vector, few)
     assert distinct(only(reports, "bn_mean_backward_reduce")) == (2 * size + few + 2 * vector, size + part)
     assert distinct(only(reports, "bn_backward_apply")) == (2 * size + 4 * vector, size)
     assert distinct(only(reports, "scale_add_relu_forward")) == (2 * size + few, size)
-    assert distinct(only(reports, "scale_add_relu_backward")) == (3 * size + few, 2 * size + few)
+    assert distinct(only(reports, "scale_add_relu_backward")) == (3 * size + few, 2 * size + sums)
     with simulator.running() as reports:  # no residual: its gradient is not there to be read, and x tells the mask
-        op.bwd(y, x, None, None, mean, var, None, True, 1e-5, True, [True] * 3 + [False])
+        op.bwd(y, x, None, None, mean, var, None, True, 1e-5, [True] * 3 + [False])
         assert distinct(only(reports, "bn_mean_backward_reduce")) == (size + few + 2 * vector, part)
         assert distinct(only(reports, "bn_mean_backward_apply")) == (size + few + 4 * vector, size)
     for name, report in reports:
@@ -158,5 +158,6 @@ def test_proof_others(simulator, channels, dtype):
             check_bn_pool((2, channels, 11, 9), dtype, (3, 3), (2, 2), (1, 1), seed=order)
             check_bn_pool((2, channels, 10, 7), dtype, (3, 2), (2, 1), (1, 0), ceil=True, training=False, seed=order)
             check_bn_mean((3, channels, 9, 7), dtype, seed=order)
-            check_bn_mean((3, channels, 9, 7), dtype, relu=False, training=False, affine=(False, False), seed=order)
+            check_bn_mean((3, channels, 9, 7), dtype, residual=False, seed=order)
+            check_bn_mean((3, channels, 9, 7), dtype, training=False, affine=(False, False), seed=order)
             check_scale_add_relu((3, channels, 9, 7), dtype, seed=order)

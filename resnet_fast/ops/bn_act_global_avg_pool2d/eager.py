@@ -22,10 +22,9 @@ def fwd(
     var: Tensor,
     residual: Tensor | None,
     eps: float,
-    relu: bool,
 ) -> Tensor:
-    """The mean over each image's pixels of act(bn(x) + residual), by given statistics: (N, C, 1, 1)."""
-    return pooled(bn_act.fwd(x, weight, bias, mean, var, residual, False, eps, relu)[0])
+    """The mean over each image's pixels of relu(bn(x) + residual), by given statistics: (N, C, 1, 1)."""
+    return pooled(bn_act.fwd(x, weight, bias, mean, var, residual, False, eps, True)[0])
 
 
 def bwd(
@@ -38,12 +37,11 @@ def bwd(
     residual: Tensor | None,
     training: bool,
     eps: float,
-    relu: bool,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual as far as wanted (empty where not)."""
-    y = bn_act.fwd(x, weight, bias, mean, var, residual, False, eps, relu)[0] if relu else None
-    return bn_act.bwd(spread(dy, x), x, y, weight, bias, mean, var, training, eps, relu, wants)
+    y = bn_act.fwd(x, weight, bias, mean, var, residual, False, eps, True)[0]
+    return bn_act.bwd(spread(dy, x), x, y, weight, bias, mean, var, training, eps, True, wants)
 
 
 def pooled(y: Tensor) -> Tensor:
@@ -65,10 +63,9 @@ def differentiable(
     var: Tensor,
     training: bool,
     eps: float,
-    relu: bool,
 ) -> Tensor:
     """The output as a graph autograd can differentiate twice; with `training` mean and var are x's own."""
     statistics = (None, None) if training else (mean, var)
     y = torch.nn.functional.batch_norm(x, *statistics, gamma, beta, training, 0.0, eps)
     y = y if residual is None else y + residual
-    return (torch.relu(y) if relu else y).mean((2, 3), keepdim=True)
+    return torch.relu(y).mean((2, 3), keepdim=True)

@@ -20,7 +20,6 @@ def bn_act_global_avg_pool2d(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    act: str | None = "relu",
     group: distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """BatchNorm, an optional residual, ReLU and the mean over each image, without the map between them.
@@ -29,8 +28,8 @@ def bn_act_global_avg_pool2d(
         x: (N, C, H, W) in any memory format, channels_last is native; residual: like x; running_mean, running_var,
         weight, bias: (C,) or None; output: (N, C, 1, 1), of x's dtype (promoted with residual's).
     Maths:
-        The mean over H and W of act((x - mean) / sqrt(var + eps) * weight + bias + residual), act "relu" or None; mean,
-        var and the running statistics as in `bn_act`, in training over the processes of `group`.
+        The mean over H and W of relu((x - mean) / sqrt(var + eps) * weight + bias + residual); mean, var and the
+        running statistics as in `bn_act`, in training over the processes of `group`.
     Cost:
         Training: x read twice, residual once; backward reads both once and x and the masked gradient once more, and
         writes the two gradients. Saved for backward: x, residual and two vectors; not the map, whose sign is found again.
@@ -40,54 +39,52 @@ def bn_act_global_avg_pool2d(
         He et al., 2015, whose networks end so; torch.nn.functional.batch_norm and adaptive_avg_pool2d for the values.
     """
     op = "bn_act_global_avg_pool2d"
-    checks.normalised(x, running_mean, running_var, weight, bias, residual, training, act, eps, momentum, op, group)
+    checks.normalised(x, running_mean, running_var, weight, bias, residual, training, "relu", eps, momentum, op, group)
     if x.shape[2] * x.shape[3] == 0:
         raise RuntimeError(f"{op}: wanted images with pixels, got x of shape {tuple(x.shape)}")
     statistics = (None, None) if training else (running_mean, running_var)
-    y, mean, var, count = _forward(
-        x, weight, bias, *statistics, residual, training, eps, act == "relu", checks.group_name(group)
-    )
+    y, mean, var, count = _forward(x, weight, bias, *statistics, residual, training, eps, checks.group_name(group))
     if training:
         checks.update_running(running_mean, running_var, mean, var, momentum, x.shape, count)
     return y
 
 
-def _run(x, gamma, beta, mean, var, residual, training, eps, relu, group):
+def _run(x, gamma, beta, mean, var, residual, training, eps, group):
     count = x.new_empty(0, dtype=torch.float64)
     if training:
         mean, var, count = norm.statistics(x, group)
 
     def parts():
-        y = backends.run("bn_act", "fwd", x, gamma, beta, mean, var, residual, False, eps, relu)[0]
+        y = backends.run("bn_act", "fwd", x, gamma, beta, mean, var, residual, False, eps, True)[0]
         return eager.pooled(y)
 
-    y = backends.run_whole("bn_act_global_avg_pool2d", "fwd", parts, x, gamma, beta, mean, var, residual, eps, relu)
+    y = backends.run_whole("bn_act_global_avg_pool2d", "fwd", parts, x, gamma, beta, mean, var, residual, eps)
     none = x.new_empty(0, dtype=checks.statistics_dtype(x))
     return (y, mean, var, count) if training else (y, none, none.clone(), count)
 
 
-def _run_backward(dy, x, gamma, beta, mean, var, residual, count, training, eps, relu, group, wants):
+def _run_backward(dy, x, gamma, beta, mean, var, residual, count, training, eps, group, wants):
     def parts():
         y = None
-        if relu and residual is not None:  # without a residual bn_act's backward finds the mask from x
+        if residual is not None:  # without a residual bn_act's backward finds the mask from x
             y = backends.run("bn_act", "fwd", x, gamma, beta, mean, var, residual, False, eps, True)[0]
-        given = (gamma, beta, mean, var, count, training, eps, relu, wants, group)
+        given = (gamma, beta, mean, var, count, training, eps, True, wants, group)
         return norm.backward(eager.spread(dy, x), x, y, *given)
 
     if training and group:  # the sums go over the processes between the two passes, which one door does in one go
         return parts()
-    given = (dy, x, gamma, beta, mean, var, residual, training, eps, relu, wants)
+    given = (dy, x, gamma, beta, mean, var, residual, training, eps, wants)
     return backends.run_whole("bn_act_global_avg_pool2d", "bwd", parts, *given)
 
 
-def _fake(x, gamma, beta, mean, var, residual, training, eps, relu, group):
+def _fake(x, gamma, beta, mean, var, residual, training, eps, group):
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
     y = torch.empty((*x.shape[:2], 1, 1), dtype=dtype, device=x.device, memory_format=torch.channels_last)
     statistics = x.new_empty(x.shape[1] if training else 0, dtype=checks.statistics_dtype(x))
     return y, statistics, torch.empty_like(statistics), checks.empty_count(x, training, group)
 
 
-def _fake_backward(dy, x, gamma, beta, mean, var, residual, count, training, eps, relu, group, wants):
+def _fake_backward(dy, x, gamma, beta, mean, var, residual, count, training, eps, group, wants):
     def vector(want: bool) -> Tensor:
         return x.new_empty(x.shape[1] if want else 0, dtype=checks.statistics_dtype(x) if want else x.dtype)
 
@@ -97,7 +94,7 @@ def _fake_backward(dy, x, gamma, beta, mean, var, residual, count, training, eps
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, gamma, beta, mean, var, residual, ctx.training, ctx.eps, ctx.relu, ctx.group = inputs
+    x, gamma, beta, mean, var, residual, ctx.training, ctx.eps, ctx.group = inputs
     _, *found, count = output
     ctx.save_for_backward(x, gamma, beta, *(found if ctx.training else (mean, var)), residual, count)
     ctx.mark_non_differentiable(*output[1:])
@@ -109,11 +106,11 @@ def _backward(ctx, dy: Tensor, *_):
     if torch.is_grad_enabled():  # a graph of the gradient is wanted: torch's own operators are run again
         checks.no_group(ctx.group, "bn_act_global_avg_pool2d")
         tensors = (x, gamma, beta, residual)
-        out = eager.differentiable(*tensors, mean, var, ctx.training, ctx.eps, ctx.relu)
+        out = eager.differentiable(*tensors, mean, var, ctx.training, ctx.eps)
         found = iter(torch.autograd.grad(out, [t for t, w in zip(tensors, wants) if w], dy, create_graph=True))
         dx, dgamma, dbeta, dresidual = (next(found) if want else None for want in wants)
     else:
-        given = (x, gamma, beta, mean, var, residual, count, ctx.training, ctx.eps, ctx.relu, ctx.group)
+        given = (x, gamma, beta, mean, var, residual, count, ctx.training, ctx.eps, ctx.group)
         grads = _gradient(dy, *given, wants)
         dx, dgamma, dbeta, dresidual = (g if want else None for g, want in zip(grads, wants))
     return (
@@ -123,21 +120,21 @@ def _backward(ctx, dy: Tensor, *_):
         None,
         None,
         None if dresidual is None else dresidual.to(residual.dtype),
-        *(None,) * 4,
+        *(None,) * 3,
     )
 
 
 _forward = _library.compose(
     "bn_act_global_avg_pool2d",
     "(Tensor x, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, Tensor? residual, bool training, float eps, "
-    "bool relu, str group) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str group) -> (Tensor, Tensor, Tensor, Tensor)",
     run=_run,
     fake=_fake,
 )
 _gradient = _library.compose(
     "bn_act_global_avg_pool2d_backward",
     "(Tensor dy, Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, Tensor? residual, Tensor count, "
-    "bool training, float eps, bool relu, str group, bool[4] wants) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool training, float eps, str group, bool[4] wants) -> (Tensor, Tensor, Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
 )

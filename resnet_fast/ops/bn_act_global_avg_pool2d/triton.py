@@ -35,9 +35,8 @@ def fwd(
     var: Tensor,
     residual: Tensor | None,
     eps: float,
-    relu: bool,
 ) -> Tensor:
-    """The mean over each image's pixels of act(bn(x) + residual), by given statistics: (N, C, 1, 1)."""
+    """The mean over each image's pixels of relu(bn(x) + residual), by given statistics: (N, C, 1, 1)."""
     from resnet_fast.ops.bn_act_global_avg_pool2d.triton_kernels import bn_mean_forward
 
     x = common.channels_last(x)
@@ -50,7 +49,7 @@ def fwd(
         y_ptr=y, x_ptr=x, residual_ptr=residual, mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias,
         share=1 / tile["HW"], eps=eps,
     )  # fmt: skip
-    rooms.launch(bn_mean_forward, (n, -(-c // tile["BLOCK_C"])), args, tile | dict(RELU=relu))
+    rooms.launch(bn_mean_forward, (n, -(-c // tile["BLOCK_C"])), args, tile)
     return y
 
 
@@ -64,7 +63,6 @@ def bwd(
     residual: Tensor | None,
     training: bool,
     eps: float,
-    relu: bool,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual as far as wanted (empty where not)."""
@@ -82,10 +80,10 @@ def bwd(
     part = x.new_empty(2, n, c, dtype=torch.float32) if sums else None
     norm = dict(mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias)
     tile = _tile(x)
-    source = dict(dy_ptr=dy, x_ptr=x, residual_ptr=residual if relu else None, **norm, share=1 / tile["HW"], eps=eps)
+    source = dict(dy_ptr=dy, x_ptr=x, residual_ptr=residual, **norm, share=1 / tile["HW"], eps=eps)
     if sums or wants[0] or wants[3]:
         args = source | dict(part_ptr=part, dresidual_ptr=dresidual, dx_ptr=None if training else dx)
-        rooms.launch(bn_mean_backward_reduce, (n, -(-c // tile["BLOCK_C"])), args, tile | dict(RELU=relu))
+        rooms.launch(bn_mean_backward_reduce, (n, -(-c // tile["BLOCK_C"])), args, tile)
     dweight = dbias = none
     if sums:
         dweight, dbias = x.new_empty(c, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
@@ -102,6 +100,6 @@ def bwd(
         rooms.launch(bn_backward_apply, (-(-m // (bn_act.STEPS * block_r)), -(-c // block_c)), args, constants)
     elif wants[0] and training:
         args = source | dict(dx_ptr=dx, dweight_ptr=dweight, dbias_ptr=dbias, inverse=1 / m)
-        rooms.launch(bn_mean_backward_apply, (n, -(-c // tile["BLOCK_C"])), args, tile | dict(RELU=relu))
+        rooms.launch(bn_mean_backward_apply, (n, -(-c // tile["BLOCK_C"])), args, tile)
     found = ((dx, wants[0]), (dweight, wants[1]), (dbias, wants[2]), (dresidual, wants[3]))
     return tuple(t if wanted else none.clone() for t, wanted in found)

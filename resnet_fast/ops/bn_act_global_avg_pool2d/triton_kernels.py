@@ -1,4 +1,4 @@
-"""Triton kernels of bn_act_global_avg_pool2d: mean over pixels of act(bn(x) + residual), and its gradient.
+"""Triton kernels of bn_act_global_avg_pool2d: mean over pixels of relu(bn(x) + residual), and its gradient.
 
 Bytes, T being x: forward reads x and residual (2 T) where bn_act and a mean move 4 T; backward reads both, writes the masked
 gradient, reads it and x again and writes dx (6 T) where a mean's gradient and bn_act's passes with a saved y move 8 T.
@@ -17,7 +17,7 @@ from resnet_fast.ops.bn_act.triton_kernels import channel_mask, load_vector, nor
 @triton.jit
 def bn_mean_forward(
     y_ptr, x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, share, eps,
-    C: tl.constexpr, HW: tl.constexpr, RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, HW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -35,8 +35,7 @@ def bn_mean_forward(
         v = normalise(tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32), mean, scale, bias)
         if residual_ptr is not None:
             v += tl.load(residual_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            v = tl.where(v <= 0, 0.0, v)  # keeps NaN
+        v = tl.where(v <= 0, 0.0, v)  # keeps NaN
         acc += tl.where(mask, v, 0.0)
     y = tl.sum(acc, 0) * share
     tl.store(y_ptr + image * C + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask_c)
@@ -44,22 +43,21 @@ def bn_mean_forward(
 
 @triton.jit
 def masked_share(
-    g, x, residual_ptr, at, mask, mean, scale, bias, RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    g, x, residual_ptr, at, mask, mean, scale, bias, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """g at every pixel of the tile whose ReLU passed; at NaN it passes, as in torch."""
     tile = tl.broadcast_to(g[None, :], [BLOCK_R, BLOCK_C])
-    if RELU:
-        v = normalise(x, mean, scale, bias)
-        if residual_ptr is not None:
-            v += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tile = tl.where(v <= 0, 0.0, tile)
+    v = normalise(x, mean, scale, bias)
+    if residual_ptr is not None:
+        v += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tile = tl.where(v <= 0, 0.0, tile)
     return tl.where(mask, tile, 0.0)
 
 
 @triton.jit
 def bn_mean_backward_reduce(
     part_ptr, dresidual_ptr, dx_ptr, dy_ptr, x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, share, eps,
-    C: tl.constexpr, HW: tl.constexpr, RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, HW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """part[0] = sum g, part[1] = sum g (x - mean) per image; dresidual = g. Whatever pointer is None is not wanted.
 
@@ -81,7 +79,7 @@ def bn_mean_backward_reduce(
         mask = (r + offs_r < HW)[:, None] & mask_c[None, :]
         at = start + ((r + offs_r)[:, None] * C + offs_c[None, :])
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tile = masked_share(g, x, residual_ptr, at, mask, mean, scale, bias, RELU, BLOCK_R, BLOCK_C)
+        tile = masked_share(g, x, residual_ptr, at, mask, mean, scale, bias, BLOCK_R, BLOCK_C)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + at, tile.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if dx_ptr is not None:
@@ -100,7 +98,7 @@ def bn_mean_backward_reduce(
 def bn_mean_backward_apply(
     dx_ptr, dy_ptr, x_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, dweight_ptr, dbias_ptr,
     share, inverse, eps,
-    C: tl.constexpr, HW: tl.constexpr, RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, HW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx = weight rstd (g - (dbias + xhat dweight) / M), where g was not written because no residual wants it."""
     image = tl.program_id(0).to(tl.int64)
@@ -119,6 +117,6 @@ def bn_mean_backward_apply(
         mask = (r + offs_r < HW)[:, None] & mask_c[None, :]
         at = start + ((r + offs_r)[:, None] * C + offs_c[None, :])
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tile = masked_share(g, x, residual_ptr, at, mask, mean, scale, bias, RELU, BLOCK_R, BLOCK_C)
+        tile = masked_share(g, x, residual_ptr, at, mask, mean, scale, bias, BLOCK_R, BLOCK_C)
         dx = (tile - mean_g[None, :] - (x - mean[None, :]) * slope[None, :]) * scale[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -107,6 +107,46 @@ def test_stem_of_a_network(frozen):
         within_law(y, stem(x), copy.deepcopy(stem).double()(x.double()), "stem")
 
 
+class SqueezeExcite(torch.nn.Module):
+    """A residual block's end behind a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = torch.nn.Conv2d(16, 16, 3, padding=1, bias=False), torch.nn.BatchNorm2d(16)
+        self.down, self.up = torch.nn.Conv2d(16, 4, 1), torch.nn.Conv2d(4, 16, 1)
+
+    def forward(self, x):
+        """relu(y * gate(mean of y) + x) of y = bn(conv(x))."""
+        y = self.bn(self.conv(x))
+        gate = torch.sigmoid(self.up(torch.relu(self.down(y.mean((2, 3), keepdim=True)))))
+        y = y * gate
+        y += x
+        return torch.relu(y)
+
+
+def test_squeeze_and_excite():
+    """Its product, addition and ReLU are one operator, frozen and in training; the numbers are eager's by the law."""
+    from law import within_law
+
+    import resnet_fast
+    from resnet_fast import backends
+    from resnet_fast._plan import FoldedProgram
+    from resnet_fast._trace import trace
+
+    torch.manual_seed(0)
+    block, x = SqueezeExcite().eval(), random((2, 16, 7, 7), torch.float32, 0)
+    frozen = FoldedProgram(copy.deepcopy(block), trace(copy.deepcopy(block), deep=True), torch.float32)
+    with torch.no_grad(), use_backend("triton"), backends.record() as events:
+        y = frozen(x)
+    assert ("scale_add_relu", "fwd", "triton") in events
+    with torch.no_grad():
+        within_law(y, block(x), copy.deepcopy(block).double()(x.double()), "frozen")
+    converted = resnet_fast.convert(copy.deepcopy(block).train())
+    with use_backend("triton"), backends.record() as events:
+        converted(x.clone().requires_grad_()).square().sum().backward()
+    assert {("scale_add_relu", "fwd", "triton"), ("scale_add_relu", "bwd", "triton")} <= set(events)
+
+
 @pytest.mark.parametrize("bits", range(8))
 def test_wants(bits):
     check_backward("3x3", torch.float32, tuple(bool(bits >> i & 1) for i in range(3)))
