@@ -6,6 +6,7 @@ import torch
 from cases import double, random, room
 from law import within_law
 
+from resnet_fast.ops.bn_act import eager as bn_eager
 from resnet_fast.ops.bn_act_conv2d import eager as chain_eager
 from resnet_fast.ops.conv2d import eager as conv_eager
 from resnet_fast.ops.conv_bn_act import eager as fused_eager
@@ -183,6 +184,49 @@ def check_chain(name, dtype, device="cpu", seed=0):
         out_mean.double(), truth.mean((0, 2, 3)), rtol=0, atol=2.0**-22 * float(truth.abs().max())
     )
     assert ((out_var.double() - variance).abs() <= 1e-5 * variance + 1e-12).all()
+
+
+def check_combination(name, dtype, prologue, scale, shift, residual, relu, statistics=False, device="cpu", seed=0):
+    """gather_gemm with these parts of prologue and epilogue, and no others, against float64 in plain torch."""
+    x, weight, geometry = given(name, dtype, seed, device)
+    (k, c), shape = (weight.shape[0], x.shape[1]), conv_eager.fwd(x, weight, None, *geometry).shape
+    vectors = {
+        "scale_ptr": random((k,), torch.float32, seed + 2, device, 0.5, 1.0) if scale else None,
+        "shift_ptr": random((k,), torch.float32, seed + 3, device) if shift else None,
+    }
+    added = random(shape, dtype, seed + 4, device) if residual else None
+    mean, gamma, beta = (random((c,), torch.float32, seed + 5 + i, device, 0.5, i == 1) for i in range(3))
+    var = random((c,), torch.float32, seed + 8, device).abs() + 0.5
+    epilogue = vectors | dict(residual_ptr=added)
+    if prologue:
+        epilogue |= room("conv2d").prologue(gamma, beta, mean, var, 1e-5)
+    out = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    stride, padding, dilation, groups = geometry
+    found = room("conv2d").forward(x, weight, stride, padding, dilation, groups, out, epilogue, relu, statistics)
+
+    def plain(x, weight, added, gamma, beta, mean, var, by, to):
+        if prologue:
+            x = bn_eager.fwd(x, gamma, beta, mean, var, None, False, 1e-5, True)[0]
+        y = conv_eager.fwd(x, weight, None, *geometry)
+        y = y if by is None else (y * by[:, None, None]).to(x.dtype)
+        y = y if to is None else (y + to[:, None, None]).to(x.dtype)
+        y = y if added is None else y + added
+        return torch.relu(y) if relu else y
+
+    tensors = (x, weight, added, gamma, beta, mean, var, *vectors.values())
+    eager, truth = plain(*tensors), plain(*double(*tensors))
+    assert out.stride() == eager.stride()
+    magnitude = plain(*(None if t is None else t.abs() for t in double(*tensors[:3])), *double(*tensors[3:])).max()
+    if prologue:
+        x = bn_eager.fwd(*double(x, gamma, beta, mean, var), None, False, 1e-5, True)[0]
+    largest = conv_eager.fwd(x.double().abs(), weight.double().abs(), None, *geometry).max()
+    largest *= 1 if vectors["scale_ptr"] is None else float(vectors["scale_ptr"].abs().max())
+    within_law(out, eager, truth, f"{name} {dtype}", allowance(x.to(dtype), largest + magnitude.abs()))
+    if statistics:
+        mean, var = room("bn_act").merge(found[0], out.numel() // k, found[1])
+        own = bn_eager.statistics(out)
+        for what, a, b, t in zip(("mean", "var"), (mean, var), own, bn_eager.statistics(out.double())):
+            within_law(a, b, t, what, 2.0**-22 * float(out.double().abs().max()) ** (1 + (what == "var")))
 
 
 #: (x shape, weight shape, stride, padding, dilation, groups) of convolutions with a 3x3 max pool of stride 2 behind them

@@ -1,6 +1,7 @@
 """The convolution rooms in Triton's interpreter: every geometry, every epilogue, all gradients."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conv_cases import (
     STEMS,
     check_backward,
     check_chain,
+    check_combination,
     check_folded,
     check_forward,
     check_fused,
@@ -50,6 +52,35 @@ def test_epilogues(residual, relu, affine):
 def test_folded(residual, relu):
     check_folded("3x3", torch.float16, residual, relu)
     check_folded("stem", torch.float32, residual, relu)
+
+
+FLAGS = list(itertools.product((False, True), repeat=5))  # prologue, scale, shift, residual, relu
+
+
+@pytest.mark.parametrize("flags, dtype", list(zip(FLAGS, FLOATS * 11)))
+def test_combinations(flags, dtype):
+    """Every prologue with every epilogue, in one kernel and split among programs; the dtypes in turn."""
+    check_combination("3x3", dtype, *flags)
+    with use(Tile(32, 32, 16, split=3)):
+        check_combination("many odd channels", dtype, *flags, seed=20)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("prologue", [False, True])
+def test_combinations_with_statistics(prologue, shift, dtype):
+    for name in ("3x3", "groups", "many odd channels"):
+        with use(Tile(32, 32, 16)):
+            check_combination(name, dtype, prologue, False, shift, False, False, statistics=True)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("flags", FLAGS)
+def test_proof_combinations(flags, dtype):
+    """In every dtype, on strides, groups, dilation and few channels."""
+    for name in ("1x1", "3x3 stride 2", "groups", "dilation", "stem 3x3", "asymmetric"):
+        check_combination(name, dtype, *flags, seed=40)
 
 
 @pytest.mark.parametrize("name, dtype", QUICK[::3])
