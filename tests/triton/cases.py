@@ -260,6 +260,16 @@ def check_bn_mean(
             within_law(a, b.to(a.dtype), t, name, more)
 
 
+def check_floor(reports) -> None:
+    """Each launch reads every byte of its inputs and writes every byte of its outputs, and none of them both ways: the
+    distinct bytes it moves are its tensors', once. No two lanes meet in a bank of shared memory."""
+    for name, report in reports:
+        assert report.counters["bank_conflicts"] == 0, (name, report.counters["bank_conflicts"])
+        for tensor, moved in report.tensors.items():
+            once = sorted((moved["read"], moved["written"]))
+            assert once == [0, moved["bytes"]], f"{name}: {tensor} {moved}"
+
+
 def interpreting() -> bool:
     """Whether this process runs kernels in Triton's interpreter."""
     return triton_common.interpreting()
