@@ -56,12 +56,12 @@ def scale_add_relu_backward(
         g = tl.load(dy_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
         g = tl.where(y <= 0, 0.0, g)
+        if sums_ptr is not None:  # before the stores: behind them ptxas spills a pair of sums on sm_100
+            acc += g * tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + start + offs, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if dx_ptr is not None:
             tl.store(dx_ptr + start + offs, (g * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
-        if sums_ptr is not None:
-            acc += g * tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
     if sums_ptr is not None:
         out = sums_ptr + (image * CHUNKS + chunk) * C + offs_c
         tl.store(out, tl.sum(acc, 0).to(sums_ptr.dtype.element_ty), mask=mask_c)
