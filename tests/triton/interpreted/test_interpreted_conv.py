@@ -226,19 +226,22 @@ def test_special_values_spread_as_in_eager(value):
 
 def test_operators_through_autograd():
     """The public functions with the triton backend asked for by name, forward and backward, against eager."""
-    results = {}
-    for backend in ("triton", "eager"):
-        x = random((2, 8, 8, 8), torch.float32, 0).requires_grad_()
-        weight = random((8, 8, 3, 3), torch.float32, 1, scale=0.1).requires_grad_()
-        gamma, beta = torch.ones(8).requires_grad_(), torch.zeros(8).requires_grad_()
-        mean, var = torch.zeros(8), torch.ones(8)
+    from resnet_fast.testing import check
+
+    found = {}
+    for backend, dtype in (("triton", torch.float32), ("eager", torch.float32), ("eager", torch.float64)):
+        x = random((2, 8, 8, 8), torch.float32, 0).to(dtype).requires_grad_()
+        weight = random((8, 8, 3, 3), torch.float32, 1, scale=0.1).to(dtype).requires_grad_()
+        gamma, beta = torch.ones(8, dtype=dtype).requires_grad_(), torch.zeros(8, dtype=dtype).requires_grad_()
+        mean, var = torch.zeros(8, dtype=dtype), torch.ones(8, dtype=dtype)
         with use_backend(backend):
             y = functional.conv_bn_act(x, weight, None, mean, var, gamma, beta, residual=x, training=True, padding=1)
             y = functional.max_pool2d(functional.add_relu(y, x), 3, 2, 1)
             y.square().sum().backward()
-        results[backend] = (y.detach(), x.grad, weight.grad, gamma.grad, beta.grad, mean, var)
-    for ours, theirs in zip(*results.values()):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        found[backend, dtype] = (y.detach(), x.grad, weight.grad, gamma.grad, beta.grad, mean, var)
+    # Judged together: of some there are only eight values, and eager's error of those is a draw.
+    sizes = [v.abs().max() for v in found["eager", torch.float64]]
+    check.law(*([t.flatten() / size.to(t.dtype) for t, size in zip(result, sizes)] for result in found.values()))
 
 
 @pytest.mark.proof
