@@ -59,17 +59,23 @@ FLAGS = list(itertools.product((False, True), repeat=5))  # prologue, scale, shi
 
 @pytest.mark.parametrize("flags, dtype", list(zip(FLAGS, FLOATS * 11)))
 def test_combinations(flags, dtype):
-    """Every prologue with every epilogue, in one kernel and split among programs; the dtypes in turn."""
+    """Every prologue with every epilogue; the dtypes in turn."""
     check_combination("3x3", dtype, *flags)
-    with use(Tile(32, 32, 16, split=3)):
-        check_combination("many odd channels", dtype, *flags, seed=20)
 
 
+@pytest.mark.parametrize("flags, dtype", list(zip(itertools.product((False, True), repeat=2), FLOATS * 2)))
+def test_combinations_with_statistics(flags, dtype):
+    """With and without a prologue and a bias."""
+    with use(Tile(32, 32, 16)):
+        check_combination("3x3", dtype, flags[0], False, flags[1], False, False, statistics=True)
+
+
+@pytest.mark.proof
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("prologue", [False, True])
-def test_combinations_with_statistics(prologue, shift, dtype):
-    for name in ("3x3", "groups", "many odd channels"):
+def test_proof_combinations_with_statistics(prologue, shift, dtype):
+    for name in ("1x1 stride 2", "groups", "many odd channels"):
         with use(Tile(32, 32, 16)):
             check_combination(name, dtype, prologue, False, shift, False, False, statistics=True)
 
@@ -78,7 +84,9 @@ def test_combinations_with_statistics(prologue, shift, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("flags", FLAGS)
 def test_proof_combinations(flags, dtype):
-    """In every dtype, on strides, groups, dilation and few channels."""
+    """In every dtype, on strides, groups, dilation and few channels, and split among programs."""
+    with use(Tile(32, 32, 16, split=3)):
+        check_combination("many odd channels", dtype, *flags, seed=20)
     for name in ("1x1", "3x3 stride 2", "groups", "dilation", "stem 3x3", "asymmetric"):
         check_combination(name, dtype, *flags, seed=40)
 

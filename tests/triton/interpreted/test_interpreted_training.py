@@ -42,7 +42,13 @@ def train(model, backend, images, labels):
     return model, torch.stack(losses), events
 
 
-@pytest.mark.parametrize("make", [lambda: CifarResNet(8, num_classes=5), Bottlenecks], ids=["basic", "bottleneck"])
+NETWORKS = (
+    pytest.param(lambda: CifarResNet(8, num_classes=5), id="basic", marks=pytest.mark.proof),
+    pytest.param(Bottlenecks, id="bottleneck"),
+)
+
+
+@pytest.mark.parametrize("make", NETWORKS)
 def test_training(make):
     torch.manual_seed(0)
     images = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
