@@ -69,17 +69,23 @@ gpu-proof: .venv-test/.done  ## what can be proved about the GPU kernels without
 	.venv-test/bin/python -m pytest -n auto tests/triton tests/cuda -m 'proof or not proof' $(PYTEST_ARGS)
 	.venv-test/bin/python tools/cuda_resources.py --check
 
-# Unattended: ended after GPU_LIMIT seconds, the figures first. The benchmark names its files after the card.
+# Unattended: ended after GPU_LIMIT seconds. Tests first, for GPU_TESTS seconds at most; whatever they say the benchmark
+# follows, which names its files after the card; compute-sanitizer has what time is left. The exit status tells of all.
+# Tests in several processes: most of their time is compiling. --foreground: the outer limit ends them too.
 GPU_LIMIT ?= 540
+GPU_TESTS ?= 180
 gpu: .venv-bench/.done .venv-test/.done  ## on a machine with a GPU, in 9 minutes: tests, benchmark, compute-sanitizer
 	timeout --kill-after=10 $(GPU_LIMIT) $(MAKE) --no-print-directory gpu-steps
 
 gpu-steps:
-	.venv-test/bin/python -m pytest -m gpu $(PYTEST_ARGS)
-	.venv-bench/bin/python -m resnet_fast.bench --device cuda $(BENCH_ARGS)
-	.venv-bench/bin/python tools/cuda_timing.py --csv "benchmarks/results/cuda-timing-$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-').csv"
-	compute-sanitizer --error-exitcode 1 .venv-test/bin/python -m pytest -m gpu tests/triton tests/cuda $(PYTEST_ARGS)
-	compute-sanitizer --tool racecheck --error-exitcode 1 .venv-test/bin/python -m pytest -m gpu tests/cuda $(PYTEST_ARGS)
+	@status=0; \
+	timeout --foreground --kill-after=10 $(GPU_TESTS) .venv-test/bin/python -m pytest -n auto -m gpu $(PYTEST_ARGS) || status=1; \
+	.venv-bench/bin/python -m resnet_fast.bench --device cuda --minutes 4 --at-most 4.5 $(BENCH_ARGS) || status=1; \
+	card=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-'); \
+	.venv-bench/bin/python tools/cuda_timing.py --csv "benchmarks/results/cuda-timing-$$card.csv" || status=1; \
+	compute-sanitizer --error-exitcode 1 .venv-test/bin/python -m pytest -m gpu tests/triton tests/cuda $(PYTEST_ARGS) || status=1; \
+	compute-sanitizer --tool racecheck --error-exitcode 1 .venv-test/bin/python -m pytest -m gpu tests/cuda $(PYTEST_ARGS) || status=1; \
+	exit $$status
 
 info: .venv-bench/.done  ## what is built, what would run here, and why not
 	.venv-bench/bin/python -m resnet_fast.info

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resnet_fast import backends
 from resnet_fast.convert import Row
 from resnet_fast.nn import fused
-from resnet_fast.nn.program import Call, ConvBNAct, MaxPool, Program, Ref, Stem, resolve
+from resnet_fast.nn.program import Call, ConvBNAct, MaxPool, Program, Ref, Stem, resolve, scaled
 from resnet_fast.ops import common
 from resnet_fast.ops.bn_act_max_pool2d.op import pool_window
 from resnet_fast.ops.conv_bn_act import onednn
@@ -114,11 +114,13 @@ class FoldedProgram:
                     conv.weight = None  # the folded copy is the only one left
         root.to(dtype)
         self.stems: dict[Ref, FoldedStem] = {}
-        self._join_stems()
+        self._join()
 
-    def _join_stems(self) -> None:
-        """Make one step of a folded convolution with ReLU and the max pool behind it, its only reader."""
-        steps, readers = list(self.program.steps), Counter(ref for step in self.program.steps for ref in step.reads())
+    def _join(self) -> None:
+        """Make one step of a folded convolution with ReLU and the max pool behind it, its only reader, and of
+        squeeze-and-excite's product, the addition and the ReLU."""
+        program = self.program
+        steps, readers = list(program.steps), Counter(ref for step in self.program.steps for ref in step.reads())
         for step, dead in zip(self.program.steps, self.program.dead):
             if not isinstance(step, MaxPool) or step.x not in self.folded or readers[step.x] > 1 or step.x not in dead:
                 continue
@@ -127,7 +129,7 @@ class FoldedProgram:
                 steps[steps.index(step)] = Stem([made], step.pool, step.out)
                 steps.remove(made)
                 self.stems[step.out] = FoldedStem(self.folded.pop(step.x), pool)
-        self.program = replace(self.program, steps=steps)
+        self.program = replace(program, steps=scaled(steps, program.output))
 
     def __call__(self, x: Tensor) -> Any:
         values: list[Any] = [None] * self.program.size

@@ -235,7 +235,8 @@ def test_op_tables(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = bench.main(["op", op, "--model", "resnet18", *few])
     text = capsys.readouterr().out
     assert code == int("WRONG" in text), "what is outside the law is the exit status"
-    shapes = {"conv2d": 11, "conv_bn_act": 15, "bn_act": 9, "add_relu": 4, "max_pool2d": 1, "bn_act_max_pool2d": 1}[op]
+    shapes = {"conv2d": 11, "conv_bn_act": 15, "bn_act": 9, "add_relu": 4, "max_pool2d": 1, "bn_act_max_pool2d": 1,
+              "scale_add_relu": 4, "bn_act_global_avg_pool2d": 1}[op]  # fmt: skip
     timed = [line for line in text.splitlines() if " eager " in line and line.split()[-1] == "1.00"]
     assert len(timed) == shapes
     if not op.startswith("conv"):  # one layer's convolution is tested, against many samples, in tests/kernels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
+from resnet_fast.testing import check
 from tests.model_law import away_from_kinks
 
 distributed = pytest.importorskip("torch.distributed", reason="torch was built without distributed")
@@ -119,9 +121,26 @@ def worker(rank: int, folder: str) -> None:
             for key in (k for k in found[name] if k.startswith("gradient of ") and k != "gradient of x"):
                 distributed.all_reduce(found[name][key])
                 found[name][key] /= WORLD
+    found["end"] = end({k: v[3 * rank : 3 * rank + 3 + rank] if v.dim() == 4 else v for k, v in given["end"].items()},
+                       resnet_fast.functional.bn_act_global_avg_pool2d, group=distributed.group.WORLD)  # fmt: skip
     found["torch refuses"] = refusal(rank)
     torch.save(found, f"{folder}/found{rank}")
     distributed.destroy_process_group()
+
+
+def end(given: dict[str, Tensor], function: Callable[..., Tensor], **more: object) -> dict[str, Tensor]:
+    """The end of a network in training: the output, all gradients, the running statistics."""
+    leaves = {k: v.clone().requires_grad_() for k, v in given.items() if k in ("x", "weight", "bias", "residual")}
+    running = {k: given[k].clone() for k in ("running_mean", "running_var")}
+    y = function(**leaves, **running, training=True, **more)
+    (y * given["dy"]).sum().backward()
+    return {"y": y.detach(), **{f"gradient of {k}": v.grad for k, v in leaves.items()}, **running}
+
+
+def plain_end(x, weight, bias, residual, running_mean, running_var, training) -> Tensor:
+    """The same in torch."""
+    y = nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training)
+    return torch.relu(y + residual).mean((2, 3), keepdim=True)
 
 
 def refusal(rank: int) -> str:
@@ -141,6 +160,15 @@ def results():
     for name, (images, *_) in CASES.items():
         size = 4 if "1x1" in name else SIZE
         given[name] = torch.randn(sum(images), 3, size, size).double(), torch.randint(0, 5, (sum(images),))
+    # Far from ReLU's kink: where one pixel rounds to its other side, a gradient is chance.
+    normed = nn.functional.batch_norm(x := torch.randn(7, 40, 5, 4), None, None, training=True)
+    heaps = (torch.randint(0, 2, x.shape) * 2 - 1) * (1 + torch.rand(x.shape))
+    weight, bias = torch.rand(40) + 0.5, torch.randn(40)
+    residual = heaps - normed * weight[:, None, None] - bias[:, None, None]
+    given["end"] = {
+        "x": x, "weight": weight, "bias": bias, "residual": residual, "dy": torch.randn(7, 40, 1, 1),
+        "running_mean": torch.randn(40), "running_var": torch.rand(40),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="resnet_fast-distributed-") as folder:
         torch.save(given, f"{folder}/given")
         before = os.environ.get("OMP_NUM_THREADS")
@@ -233,3 +261,17 @@ def test_all_processes_have_the_same_bits(results):
 def test_torch_itself_refuses_cpu_tensors(results):
     """Where this ends, the README's remark that ours takes them can go."""
     assert all("SyncBatchNorm expected input tensor to be on GPU" in found["torch refuses"] for found in results[2])
+
+
+def test_the_end_of_a_network_over_two_processes(results):
+    """bn_act_global_avg_pool2d with a group: the joined batch's output and gradients, by the tolerance law."""
+    _, given, (one, two) = results
+    ours = {k: torch.cat([one["end"][k], two["end"][k]]) for k in ("y", "gradient of x", "gradient of residual")}
+    ours |= {k: one["end"][k] + two["end"][k] for k in ("gradient of weight", "gradient of bias")}  # each its own sums
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(one["end"][name], two["end"][name])
+        ours[name] = one["end"][name]
+    eager, truth = end(given["end"], plain_end), end({k: v.double() for k, v in given["end"].items()}, plain_end)
+    assert ours.keys() == truth.keys()
+    sizes = {k: v.abs().max() for k, v in truth.items()}  # of the vectors there are few values: judged together
+    check.law(*([found[k] / sizes[k].to(found[k].dtype) for k in sizes] for found in (ours, eager, truth)))

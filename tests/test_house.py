@@ -227,7 +227,8 @@ def test_public_type_hints(name):
 
 def test_public_names():
     """Pinned: users import these."""
-    names = "add_relu bn_act bn_act_conv2d bn_act_max_pool2d conv2d conv_bn_act max_pool2d recomputed_conv_bn_act"
+    names = """add_relu bn_act bn_act_conv2d bn_act_global_avg_pool2d bn_act_max_pool2d conv2d conv_bn_act max_pool2d
+    recomputed_conv_bn_act scale_add_relu"""
     assert set(functional.__all__) == set(names.split())
     wanted = {"convert", "exact", "explain", "freeze", "functional", "nn", "restore", "tune", "use_backend"}
     assert wanted <= set(resnet_fast.__all__)
@@ -250,6 +251,7 @@ def test_public_parameters():
         "bn_act": "x running_mean running_var weight bias residual training momentum eps act group",
         "bn_act_conv2d": "z running_mean running_var bn_weight bn_bias weight bias training momentum eps stride padding "
         "dilation groups group",
+        "bn_act_global_avg_pool2d": "x running_mean running_var weight bias residual training momentum eps group",
         "bn_act_max_pool2d": "x running_mean running_var weight bias kernel_size stride padding dilation ceil_mode "
         "training momentum eps group",
         "conv2d": "x weight bias stride padding dilation groups",
@@ -257,6 +259,7 @@ def test_public_parameters():
         "stride padding dilation groups group",
         "max_pool2d": "x kernel_size stride padding dilation ceil_mode",
         "recomputed_conv_bn_act": "x weight bias bn residual act stride padding dilation groups before pool",
+        "scale_add_relu": "x scale residual",
     }
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(functional, name)).parameters) == parameters.split()

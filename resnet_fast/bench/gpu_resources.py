@@ -25,12 +25,14 @@ from torch import Tensor
 from resnet_fast.ops import triton_common as rooms
 from resnet_fast.ops.add_relu import triton as add_relu
 from resnet_fast.ops.bn_act import triton as bn_act
+from resnet_fast.ops.bn_act_global_avg_pool2d import triton as bn_act_global_avg_pool2d
 from resnet_fast.ops.bn_act_max_pool2d import triton as bn_act_max_pool2d
 from resnet_fast.ops.conv2d import triton as conv2d
 from resnet_fast.ops.conv2d import triton_tiles
 from resnet_fast.ops.conv_bn_act import triton as conv_bn_act
 from resnet_fast.ops.max_pool2d import triton as max_pool2d
 from resnet_fast.ops.recomputed_conv_bn_act import triton as recomputed_conv_bn_act
+from resnet_fast.ops.scale_add_relu import triton as scale_add_relu
 
 #: Compute capability -> shared memory one program may use, bytes.
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
@@ -202,7 +204,7 @@ def convolution_launches(layer: tuple, dtype: torch.dtype) -> list[Launch]:
 
 
 def elementwise_launches(c: int, h: int, dtype: torch.dtype) -> list[Launch]:
-    """The kernels of add_relu, bn_act, max_pool2d and bn_act_max_pool2d, forward and backward, for one activation."""
+    """The kernels of the element-wise operators, norms and pools, forward and backward, for one activation."""
     x, vector = _meta(32, c, h, h, dtype=dtype), _meta(c)
 
     def run() -> None:
@@ -218,6 +220,13 @@ def elementwise_launches(c: int, h: int, dtype: torch.dtype) -> list[Launch]:
         norm = (vector, vector, vector, vector)
         bn_act_max_pool2d.fwd(x, *norm, 1e-5, *window, [(h + 1) // 2] * 2, True)
         bn_act_max_pool2d.bwd(y, argmax, x, *norm, True, 1e-5, *window, [True] * 3)
+        few = _meta(32, c, 1, 1, dtype=dtype)
+        for residual in (x, None):
+            bn_act_global_avg_pool2d.fwd(x, *norm, residual, 1e-5)
+            wants = [True, True, True, residual is not None]
+            bn_act_global_avg_pool2d.bwd(few, x, *norm, residual, True, 1e-5, wants)
+        scale_add_relu.fwd(x, few, x)
+        scale_add_relu.bwd(x, x, few, x, [True] * 3)
 
     return record(run)
 
@@ -225,10 +234,10 @@ def elementwise_launches(c: int, h: int, dtype: torch.dtype) -> list[Launch]:
 def all_launches(target: int | str) -> Iterator[tuple[str, str, Launch]]:
     """(problem, dtype, launch) of the whole table for a target, each compiled kernel once."""
     seen = set()
-    for dtype in (torch.bfloat16, torch.float32):
-        maps = ((64, 56), (2048, 7)) if dtype == torch.bfloat16 else ((64, 56),)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        maps = ((64, 56),) if dtype == torch.float32 else ((64, 56), (2048, 7))
         cases = [(f"{c}@{h}", elementwise_launches(c, h, dtype)) for c, h in maps]
-        layers = LAYERS if dtype == torch.bfloat16 else (LAYERS[0], LAYERS[3], LAYERS[-1])
+        layers = (LAYERS[0], LAYERS[3], LAYERS[-1]) if dtype == torch.float32 else LAYERS
         with triton_tiles.architecture(0 if isinstance(target, str) else target):
             cases += [(layer[0], convolution_launches(layer, dtype)) for layer in layers]
         for problem, launches in cases:

@@ -44,6 +44,11 @@ def floor(op: str, door: str, args: tuple[Any, ...], made: list[Tensor], kept: b
         return bytes_of(*made) + (0 if kept else bytes_of(args[0]))
     if op == "bn_act_max_pool2d" and door == "bwd":  # reduce, then the apply pass, both through the places
         return bytes_of(*given, *made) + (bytes_of(*args[:3]) if args[7] and args[13][0] else 0)
+    if (
+        op == "bn_act_global_avg_pool2d" and door == "bwd"
+    ):  # reduce, then the apply pass, on the masked gradient if written
+        again = (args[1], made[3]) if args[9][3] else (*args[:2], args[6])
+        return bytes_of(*given, *made) + (bytes_of(*again) if args[7] and args[9][0] else 0)
     if op == "bn_act" and door == "bwd":  # reduce, then the apply pass on the masked gradient where that was written
         dy, x, y = args[:3]
         again = (x, made[3]) if args[10][3] else (x, dy, y)

@@ -18,7 +18,10 @@ from resnet_fast.bench import report, roofline, worker
 from resnet_fast.bench.cases import BenchError
 from resnet_fast.bench.timer import LAW, WINOGRAD_LAW, relative
 
-OPERATORS = ("conv2d", "conv_bn_act", "bn_act", "add_relu", "max_pool2d", "bn_act_max_pool2d")
+OPERATORS = (
+    "conv2d", "conv_bn_act", "bn_act", "add_relu", "scale_add_relu", "max_pool2d", "bn_act_max_pool2d",
+    "bn_act_global_avg_pool2d",
+)  # fmt: skip
 
 
 @dataclass
@@ -45,11 +48,14 @@ def works(op: str, layers: list[roofline.Layer], batch: int, seed: int = 0) -> I
         return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
 
     shapes: dict[Any, Work] = {}
+    last = next((a for a in reversed(layers) if a.residual), None)
     for a in layers:
         if op in ("conv2d", "conv_bn_act"):
             key, tail = a.shape, " +" if a.residual and op == "conv_bn_act" else ""
-        elif op == "bn_act" or (op == "add_relu" and a.residual):
+        elif op == "bn_act" or (op in ("add_relu", "scale_add_relu") and a.residual):
             key, tail = f"{a.P}x{a.Q}x{a.K}", " +" if a.residual and op == "bn_act" else ""
+        elif op == "bn_act_global_avg_pool2d" and a is last:
+            key, tail = f"{a.P}x{a.Q}x{a.K}", " +"
         elif op.endswith("max_pool2d") and a is layers[0]:
             key, tail = f"{a.P}x{a.Q}x{a.K}, 3x3/2", ""
         else:
@@ -81,6 +87,12 @@ def works(op: str, layers: list[roofline.Layer], batch: int, seed: int = 0) -> I
         elif op == "add_relu":
             tensors = {"x": y, "residual": normal(*y.shape)}
             work = Work(key, [a.name], tensors, lambda t: functional.add_relu(t["x"], t["residual"]), 0, 3 * outputs)
+        elif op == "scale_add_relu":
+            tensors = {"x": y, "scale": normal(batch, a.K, 1, 1).sigmoid(), "residual": normal(*y.shape)}
+            work = Work(key, [a.name], tensors, _scale_add_relu, 0, 3 * outputs)
+        elif op == "bn_act_global_avg_pool2d":
+            tensors = {"x": y, **vectors, "residual": normal(*y.shape)}
+            work = Work(key, [a.name], tensors, _bn_act_global_avg_pool2d, 0, 3 * outputs)
         elif op == "bn_act_max_pool2d":
             work = Work(key, [a.name], {"x": y, **vectors}, _bn_act_max_pool2d, 0, outputs * 9 // 4)
         else:
@@ -103,6 +115,15 @@ def _bn_act(t: dict[str, Tensor]) -> Tensor:
 def _bn_act_max_pool2d(t: dict[str, Tensor]) -> Tensor:
     statistics_ = (t["mean"].clone(), t["var"].clone())
     return functional.bn_act_max_pool2d(t["x"], *statistics_, t["gamma"], t["beta"], 3, 2, 1, training=True)
+
+
+def _scale_add_relu(t: dict[str, Tensor]) -> Tensor:
+    return functional.scale_add_relu(t["x"], t["scale"], t["residual"])
+
+
+def _bn_act_global_avg_pool2d(t: dict[str, Tensor]) -> Tensor:
+    given = (t["x"], t["mean"].clone(), t["var"].clone(), t["gamma"], t["beta"], t["residual"])
+    return functional.bn_act_global_avg_pool2d(*given, training=True)
 
 
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype, device: str) -> dict[str, Tensor]:

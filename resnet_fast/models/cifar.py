@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from resnet_fast.models import common
 from resnet_fast.nn import BasicBlock, ConvBNAct, fused
+from resnet_fast.nn.blocks import pooled
 
 
 class PadShortcut(nn.Module):
@@ -90,8 +91,8 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, 3, H, W)."""
         x = fused.conv_bn_act(x, self.conv1, self.bn1)
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        x = pooled(self.layer2(self.layer1(x)), self.layer3, self.avgpool)
+        return self.fc(torch.flatten(x, 1))
 
 
 class CifarPlainNet(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from resnet_fast.models import common
 from resnet_fast.nn import BasicBlock, Bottleneck, fused
+from resnet_fast.nn.blocks import pooled
 
 
 class Architecture(NamedTuple):
@@ -99,8 +100,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, 3, H, W)."""
         x = fused.stem(x, [(self.conv1, self.bn1)], self.maxpool)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        x = pooled(self.layer3(self.layer2(self.layer1(x))), self.layer4, self.avgpool)
+        return self.fc(torch.flatten(x, 1))
 
 
 def build(name: str, **options: Any) -> ResNet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from resnet_fast.nn import fused
 
@@ -61,11 +62,11 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
+    def forward(self, x: Tensor, pool: nn.AdaptiveAvgPool2d | None = None) -> Tensor:
+        """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), pooled where a pool is given."""
         shortcut = project(x, self.downsample)
         links = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-        return fused.chain(x, links, shortcut, lean=self.memory == "lean")
+        return fused.chain(x, links, shortcut, lean=self.memory == "lean", pool=pool)
 
 
 class Bottleneck(nn.Module):
@@ -108,11 +109,27 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))."""
+    def forward(self, x: Tensor, pool: nn.AdaptiveAvgPool2d | None = None) -> Tensor:
+        """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)), pooled where a pool is given."""
         shortcut = project(x, self.downsample)
         links = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return fused.chain(x, links, shortcut, lean=self.memory == "lean")
+        return fused.chain(x, links, shortcut, lean=self.memory == "lean", pool=pool)
+
+
+def pooled(x: Tensor, stage: nn.Sequential, pool: nn.Module) -> Tensor:
+    """pool(stage(x)), the end of a network: the last block's addition, ReLU and the pool's mean are one operator.
+
+    Blocks of other classes, hooks and other pools are run as they are.
+    """
+    plain = not isinstance(x, Proxy) and fused.why_not_plain(stage, nn.Sequential) is None and len(stage) > 0
+    if not plain or type(stage[-1]) not in (BasicBlock, Bottleneck):
+        return pool(stage(x))
+    last = stage[-1]
+    if fused.why_not_plain(last, type(last)) is not None or fused.why_not_end(pool) is not None:
+        return pool(stage(x))
+    for block in stage[:-1]:
+        x = block(x)
+    return last(x, pool)
 
 
 def project(x: Tensor, downsample: nn.Module | None) -> Tensor:

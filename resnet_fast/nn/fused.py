@@ -71,22 +71,35 @@ def recomputes(conv: nn.Module) -> bool:
 
 
 def chain(
-    x: Tensor, links: Links, residual: Tensor | None = None, act: str | None = "relu", lean: bool = False
+    x: Tensor,
+    links: Links,
+    residual: Tensor | None = None,
+    act: str | None = "relu",
+    lean: bool = False,
+    pool: nn.AdaptiveAvgPool2d | None = None,
 ) -> Tensor:
     """A block's main path: every link a convolution and its norm, ReLU between links; act(... + residual) at the end.
 
     With gradients the activations between the links are not kept but computed again in backward, with `lean` also the
-    last convolution's output where that `recomputes`.
+    last convolution's output where that `recomputes`. With `pool` (to one pixel) the mean of that end, which then is
+    neither written nor kept where the block has gradients.
     """
+    if pool is not None and (lean or act != "relu" or why_not_end(pool) or not torch.is_grad_enabled()):
+        return pool(chain(x, links, residual, act, lean))
     plain = isinstance(x, Proxy) or any(why_not_fused(conv, bn) or isinstance(conv.padding, str) for conv, bn in links)
     again = lean and not plain and recomputes(links[-1][0])
     if plain or not torch.is_grad_enabled() or (len(links) == 1 and not again):
         for conv, bn in links[:-1]:
             x = conv_bn_act(x, conv, bn)
-        return conv_bn_act(x, *links[-1], residual, act)
+        x = conv_bn_act(x, *links[-1], residual, act)
+        return x if pool is None else pool(x)
     if again:
         return _recomputed(x, links, residual, act)
     z, bn = _inner(x, links)
+    if pool is not None:
+        mean, var, training, momentum = _statistics(bn)
+        norm = (mean, var, bn.weight, bn.bias)
+        return functional.bn_act_global_avg_pool2d(z, *norm, residual, training, momentum, bn.eps, _group(bn))
     return bn_act(z, bn, residual, act)
 
 
@@ -173,6 +186,14 @@ def why_not_pool(pool: nn.Module) -> str | None:
         return "the pool returns indices"
     kernel = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
     return "the pool's window has more than 254 places" if kernel[0] * kernel[-1] > 254 else None
+
+
+def why_not_end(pool: nn.Module) -> str | None:
+    """Why an average pool cannot be fused with the end of a block, None when it is the mean over each image."""
+    reason = why_not_plain(pool, nn.AdaptiveAvgPool2d)
+    if reason is None and pool.output_size not in (1, (1, 1), [1, 1]):
+        reason = f"the pool's output is {pool.output_size}, not one pixel"
+    return reason
 
 
 def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor:

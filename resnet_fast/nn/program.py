@@ -7,11 +7,13 @@ of its owner at every call, and the owner's own forward runs when they have chan
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from resnet_fast import functional
@@ -117,6 +119,29 @@ class AddReLU:
 
 
 @dataclass
+class ScaleAddReLU:
+    """relu(a * b + residual), where one factor may be a squeeze-and-excite gate's: a number per image and channel."""
+
+    a: Ref
+    b: Ref
+    residual: Ref
+    out: Ref
+
+    def run(self, root: nn.Module, values: list[Any]) -> Tensor:
+        """Run; whatever is not a map, a gate's output and a shortcut keeps torch's meaning."""
+        x, scale, residual = values[self.a], values[self.b], values[self.residual]
+        if x.dim() == scale.dim() and x.numel() < scale.numel():
+            x, scale = scale, x
+        if x.dim() == 4 and residual.shape == x.shape and scale.shape == (*x.shape[:2], 1, 1):
+            return functional.scale_add_relu(x, scale, residual)
+        return (x * scale + residual).relu()
+
+    def reads(self) -> list[Ref]:
+        """The values this step uses."""
+        return [self.a, self.b, self.residual]
+
+
+@dataclass
 class MaxPool:
     """Max pooling with one byte per output kept for backward."""
 
@@ -162,7 +187,7 @@ class Call:
         return found
 
 
-Step = ConvBNAct | Chain | Stem | AddReLU | MaxPool | Call
+Step = ConvBNAct | Chain | Stem | AddReLU | ScaleAddReLU | MaxPool | Call
 
 
 def chained(steps: list[Step], output: Any) -> list[Step]:
@@ -185,7 +210,33 @@ def chained(steps: list[Step], output: Any) -> list[Step]:
         place[i] = Chain(links, step.out) if len(links) > 1 else step
         if step.act == "relu" and step.residual is None and readers[step.out] == 1:
             joined[step.out] = links
+    return scaled([step for step in place if step is not None], output)
+
+
+def scaled(steps: list[Step], output: Any) -> list[Step]:
+    """Join a product of two values with the addition and ReLU that alone read it."""
+    readers = Counter(ref for step in steps for ref in step.reads())
+    _visit(output, lambda ref: readers.update([ref]))
+    products = {step.out: step for step in steps if _is_product(step) and readers[step.out] == 1}
+    place: list[Step | None] = list(steps)
+    for i, step in enumerate(steps):
+        if not isinstance(step, AddReLU) or step.x == step.residual:
+            continue
+        for one, other in ((step.x, step.residual), (step.residual, step.x)):
+            if one in products:
+                place[i] = ScaleAddReLU(*products[one].args, other, step.out)
+                place[steps.index(products[one])] = None
+                break
     return [step for step in place if step is not None]
+
+
+def _is_product(step: Step) -> bool:
+    named = isinstance(step, Call) and (step.kind, step.target) in _PRODUCTS
+    return named and len(step.args) == 2 and not step.kwargs and all(isinstance(a, Ref) for a in step.args)
+
+
+#: In-place ones are left alone: what they write may be read elsewhere under its old name.
+_PRODUCTS = {("call_function", operator.mul), ("call_function", torch.mul), ("call_method", "mul")}
 
 
 def fused_count(steps: list[Step]) -> int:

@@ -55,6 +55,7 @@ def plain_call(op: str, device: str = "cpu") -> tuple[str, tuple]:
         "add_relu": (x, x.clone()),
         "bn_act": (x, *vectors[:2], None, None, None, True, 1e-5, True),
         "bn_act_conv2d": (x, *vectors[:2], None, None, w, None, True, 1e-5, *window),
+        "bn_act_global_avg_pool2d": (x, *vectors, x.clone(), 1e-5),
         "bn_act_max_pool2d": (x, *vectors, 1e-5, [3, 3], [2, 2], [1, 1], [1, 1], [4, 4], True),
         "conv2d": (x, w, None, *window),
         "conv_bn_act": (x, w, None, *vectors, None, 1e-5, True, *window),
@@ -76,5 +77,6 @@ def plain_call(op: str, device: str = "cpu") -> tuple[str, tuple]:
             *window,
             [],
         ),
+        "scale_add_relu": (x, torch.rand(2, 16, 1, 1, device=device), x.clone()),
         "max_pool2d": (x, [3, 3], [2, 2], [1, 1], [1, 1], [4, 4], False),
     }[op]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast.nn import BasicBlock, Bottleneck, ConvBNAct
+from resnet_fast.nn import BasicBlock, Bottleneck, ConvBNAct, blocks
 from resnet_fast.testing import check
 from tests.model_law import away_from_kinks, realistic
 
@@ -111,3 +111,55 @@ def test_bad_arguments():
         BasicBlock(8, 8, groups=2)
     with pytest.raises(RuntimeError, match="conv2d"):
         BasicBlock(8, 8)(torch.randn(1, 4, 6, 6))
+
+
+class End(nn.Module):
+    """A network's last stage and its pool, ours or in plain torch."""
+
+    def __init__(self, stage: nn.Sequential, plain: bool) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(*(Plain(block) for block in stage)) if plain else stage
+        self.pool, self.plain = nn.AdaptiveAvgPool2d(1), plain
+
+    def forward(self, x):
+        return self.pool(self.stage(x)) if self.plain else blocks.pooled(x, self.stage, self.pool)
+
+
+@pytest.mark.parametrize("memory", ["default", "lean"])
+@pytest.mark.parametrize("make", [lambda: BasicBlock(8, 8), lambda: Bottleneck(16, 4)], ids=["basic", "bottleneck"])
+def test_the_end_of_a_network(make, memory):
+    """The last block and the pool behind it: output, statistics and every gradient in float64, by the tolerance law."""
+    stage = nn.Sequential(make(), make()).double().train()
+    for block in stage:
+        block.memory = memory
+    ours, plain, channels = End(stage, False), End(stage, True), stage[0].conv1.in_channels
+    counts = {key for key, b in stage.named_buffers() if not b.is_floating_point()}
+
+    def drawn():
+        realistic(stage)
+        state = {key: t.detach().clone() for key, t in stage.state_dict().items() if key not in counts}
+        return {"x": torch.randn(2, channels, 5, 4, dtype=torch.float64)} | state
+
+    def result(module, x, **state):
+        state = {key: t if t.requires_grad else t.clone() for key, t in state.items()}
+        inner = {key.replace(".", ".block." if module.plain else ".", 1): t for key, t in state.items()}
+        y = torch.func.functional_call(module, {f"stage.{key}": t for key, t in inner.items()}, x)
+        return y, *(state[key] for key, b in stage.named_buffers() if key not in counts)
+
+    names = ["x", *(key for key, _ in stage.named_parameters())]
+    check.compare(partial(result, ours), partial(result, plain), drawn, names)
+    made = ours(drawn()["x"].requires_grad_()).grad_fn.name()
+    assert ("bn_act_global_avg_pool2d" in made) == (memory == "default"), made
+
+
+def test_the_end_leaves_what_is_not_plain_alone():
+    """Hooks run, and pools to other sizes stay pools; a block asked through its stage is the same block."""
+    stage, x = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8)).train(), torch.randn(2, 8, 6, 6)
+    for pool in (nn.AdaptiveAvgPool2d(2), nn.AvgPool2d(3), nn.Identity()):
+        assert blocks.pooled(x, stage, pool).shape == pool(stage(x)).shape
+    seen = []
+    for module in (stage, stage[1], nn.AdaptiveAvgPool2d(1)):
+        handle = module.register_forward_hook(lambda m, given, y: seen.append(tuple(y.shape)))
+        blocks.pooled(x, stage, module if isinstance(module, nn.AdaptiveAvgPool2d) else nn.AdaptiveAvgPool2d(1))
+        handle.remove()
+    assert seen == [(2, 8, 6, 6), (2, 8, 6, 6), (2, 8, 1, 1)]

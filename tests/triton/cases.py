@@ -10,9 +10,11 @@ from law import within_law
 from resnet_fast.ops import triton_common
 from resnet_fast.ops.add_relu import eager as add_relu_eager
 from resnet_fast.ops.bn_act import eager as bn_eager
+from resnet_fast.ops.bn_act_global_avg_pool2d import eager as bn_mean_eager
 from resnet_fast.ops.bn_act_max_pool2d import eager as bn_pool_eager
 from resnet_fast.ops.max_pool2d import eager as pool_eager
 from resnet_fast.ops.max_pool2d.op import output_size
+from resnet_fast.ops.scale_add_relu import eager as scale_eager
 
 #: Eager's reductions on a CPU run in float64. A float32 sum may lose this much of its summands' magnitude.
 FLOAT32_SUM = 2.0**-22
@@ -184,6 +186,88 @@ def check_bn_pool(
         if a.numel():
             assert a.stride() == b.stride()
             within_law(a, b.to(a.dtype), t, name, more)
+
+
+def check_scale_add_relu(shape, dtype, other=None, wants=(True, True, True), nan=False, device="cpu", seed=0):
+    """Squeeze-and-excite's end: forward and all three gradients against float64."""
+    x, residual = random(shape, dtype, seed, device), random(shape, other or dtype, seed + 1, device)
+    scale = random((*shape[:2], 1, 1), dtype, seed + 2, device)
+    if nan:
+        x = special(x.contiguous()).to(memory_format=torch.channels_last)
+    assert room("scale_add_relu").why_not("fwd", x, scale, residual) is None
+    y = room("scale_add_relu").fwd(x, scale, residual)
+    eager = scale_eager.fwd(x, scale, residual)
+    assert y.stride() == eager.stride()
+    within_law(y, eager, scale_eager.fwd(*double(x, scale, residual)), "y")
+    x = x.nan_to_num(posinf=1.0, neginf=-1.0)
+    dy = random(shape, y.dtype, seed + 3, device)
+    back = (dy, x, scale, y)
+    assert room("scale_add_relu").why_not("bwd", *back, list(wants)) is None
+    ours = room("scale_add_relu").bwd(*back, list(wants))
+    eager, truth = (scale_eager.bwd(*t, list(wants)) for t in (back, double(*back)))
+    largest = FLOAT32_SUM * float((dy.double() * x.double()).abs().sum((2, 3)).max())
+    for name, a, b, t, more in zip(("dx", "dscale", "dresidual"), ours, eager, truth, (0.0, largest, 0.0)):
+        assert a.shape == b.shape and a.dtype == b.dtype, name
+        if a.numel():
+            assert a.stride() == b.stride() or name == "dscale"
+            within_law(a, b, t, name, more)
+
+
+def check_bn_mean(
+    shape, dtype, residual=True, training=True, affine=(True, True), wants=(True, True, True, True),
+    other=None, nan=False, device="cpu", seed=0,
+):  # fmt: skip
+    """The end of a network's last block: the pooled values, and the gradients without the map."""
+    c = shape[1]
+    x = random(shape, dtype, seed, device, 2.0, 0.5)
+    r = random(shape, other or dtype, seed + 1, device) if residual else None
+    if nan:
+        x[0, c // 2, -1, -1] = float("nan")
+    weight = random((c,), torch.float32, seed + 2, device, 0.5, 1.0) if affine[0] else None
+    bias = random((c,), torch.float32, seed + 3, device) if affine[1] else None
+    if training:
+        mean, var = bn_eager.fwd(x.nan_to_num(), None, None, None, None, None, True, 1e-5, False)[1:]
+    else:
+        mean, var = (
+            random((c,), torch.float32, seed + 4, device),
+            random((c,), torch.float32, seed + 5, device).abs() + 0.5,
+        )
+    given = (x, weight, bias, mean, var, r)
+    assert room("bn_act_global_avg_pool2d").why_not("fwd", *given, 1e-5) is None
+    y = room("bn_act_global_avg_pool2d").fwd(*given, 1e-5)
+    eager, truth = (bn_mean_eager.fwd(*t, 1e-5) for t in (given, double(*given)))
+    assert y.stride() == eager.stride() and y.dtype == eager.dtype
+    summands = bn_eager.fwd(*double(*given), False, 1e-5, True)[0].nan_to_num().abs().mean((2, 3)).max()
+    within_law(y, eager, truth, "y", FLOAT32_SUM * float(summands))
+    x = x.nan_to_num()
+    dy = random(y.shape, y.dtype, seed + 6, device)
+    # The mask is found from x and residual; values a rounding away from zero may fall on either side of it.
+    kink = bn_eager.fwd(*double(x, weight, bias, mean, var, r), False, 1e-5, False)[0]
+    slope = ((1.0 if weight is None else weight.double()) / (var.double() + 1e-5).sqrt())[:, None, None]
+    near = kink.abs() < 4 * torch.finfo(dtype).eps * kink.abs().max()
+    x = torch.where(near, x + 1 / slope, x).to(dtype)
+    back = (dy, x, weight, bias, mean, var, r)
+    assert room("bn_act_global_avg_pool2d").why_not("bwd", *back, training, 1e-5, list(wants)) is None
+    grads = room("bn_act_global_avg_pool2d").bwd(*back, training, 1e-5, list(wants))
+    eager, truth = (bn_mean_eager.bwd(*t, training, 1e-5, list(wants)) for t in (back, double(*back)))
+    largest = FLOAT32_SUM * float(dy.double().abs().sum((0, 2, 3)).max())
+    rounding = FLOAT32_SUM * float(truth[0].abs().max()) if wants[0] and dtype == torch.float32 else 0.0
+    extra = (rounding, largest, largest, 0.0)
+    for name, a, b, t, more in zip(("dx", "dweight", "dbias", "dresidual"), grads, eager, truth, extra):
+        assert a.shape == b.shape, name
+        if a.numel():
+            assert a.stride() == b.stride(), name
+            within_law(a, b.to(a.dtype), t, name, more)
+
+
+def check_floor(reports) -> None:
+    """Each launch reads every byte of its inputs and writes every byte of its outputs, and none of them both ways: the
+    distinct bytes it moves are its tensors', once. No two lanes meet in a bank of shared memory."""
+    for name, report in reports:
+        assert report.counters["bank_conflicts"] == 0, (name, report.counters["bank_conflicts"])
+        for tensor, moved in report.tensors.items():
+            once = sorted((moved["read"], moved["written"]))
+            assert once == [0, moved["bytes"]], f"{name}: {tensor} {moved}"
 
 
 def interpreting() -> bool:

@@ -58,6 +58,12 @@ class Simulator:
             yield self.reports
 
 
+@pytest.fixture
+def order(seeded) -> int:
+    """A random schedule of the warps, repeated with the test's seed."""
+    return 1 + seeded % 1000
+
+
 @pytest.fixture(scope="session")
 def simulator():
     if INTERPRETED:

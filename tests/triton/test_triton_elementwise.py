@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from cases import FLOATS, check_add_relu, check_bn_act, check_bn_pool, check_max_pool, random, room
+from cases import (
+    FLOATS,
+    check_add_relu,
+    check_bn_act,
+    check_bn_mean,
+    check_bn_pool,
+    check_max_pool,
+    check_scale_add_relu,
+    random,
+    room,
+)
 
 
 @pytest.mark.parametrize("order", [0, -1, 5])
@@ -32,6 +42,21 @@ def test_bn_pool(simulator, order, dtype):
     with simulator.running(order):
         check_bn_pool((2, 16, 11, 9), dtype, (3, 3), (2, 2), (1, 1))
         check_bn_pool((1, 5, 8, 8), dtype, (3, 2), (1, 3), (1, 0), (2, 1), training=False)
+
+
+@pytest.mark.parametrize("order, dtype", list(zip([0, -1, 9], FLOATS)))
+def test_bn_mean(simulator, order, dtype):
+    with simulator.running(order):
+        check_bn_mean((3, 64, 7, 7), dtype)
+        check_bn_mean((2, 65, 5, 4), dtype, residual=False)
+        check_bn_mean((2, 16, 5, 7), dtype, training=False, nan=True)
+
+
+@pytest.mark.parametrize("order, dtype", list(zip([0, -1, 9], FLOATS)))
+def test_scale_add_relu(simulator, order, dtype):
+    with simulator.running(order):
+        check_scale_add_relu((3, 64, 7, 7), dtype)
+        check_scale_add_relu((2, 65, 9, 11), dtype, nan=True)
 
 
 def distinct(report):
@@ -84,6 +109,31 @@ def test_compulsory_bytes_of_the_stem(simulator):
     assert distinct(only(reports, "bn_pool_backward_apply")) == (size + out + y.numel() + 4 * vector, size)
 
 
+def test_compulsory_bytes_of_the_ends(simulator):
+    """The last block's end writes no map, its gradient reads none; squeeze-and-excite's end reads and writes each once."""
+    x, residual, c = random((4, 64, 7, 7), torch.bfloat16, 0), random((4, 64, 7, 7), torch.bfloat16, 1), 64
+    mean, var = torch.zeros(c), torch.ones(c)
+    size, vector, few = x.numel() * 2, 4 * c, 2 * 4 * c
+    op, scale = room("bn_act_global_avg_pool2d"), random((4, 64, 1, 1), torch.bfloat16, 2)
+    with simulator.running() as reports:
+        y = op.fwd(x, None, None, mean, var, residual, 1e-5)
+        op.bwd(y, x, None, None, mean, var, residual, True, 1e-5, [True] * 4)
+        z = room("scale_add_relu").fwd(x, scale, residual)
+        room("scale_add_relu").bwd(residual, x, scale, z, [True] * 3)
+    part, sums = 2 * 4 * 4 * c, 4 * 4 * 2 * c  # two float32 sums per image and channel; one of each of its two parts
+    assert distinct(only(reports, "bn_mean_forward")) == (2 * size + 2 * vector, few)
+    assert distinct(only(reports, "bn_mean_backward_reduce")) == (2 * size + few + 2 * vector, size + part)
+    assert distinct(only(reports, "bn_backward_apply")) == (2 * size + 4 * vector, size)
+    assert distinct(only(reports, "scale_add_relu_forward")) == (2 * size + few, size)
+    assert distinct(only(reports, "scale_add_relu_backward")) == (3 * size + few, 2 * size + sums)
+    with simulator.running() as reports:  # no residual: its gradient is not there to be read, and x tells the mask
+        op.bwd(y, x, None, None, mean, var, None, True, 1e-5, [True] * 3 + [False])
+        assert distinct(only(reports, "bn_mean_backward_reduce")) == (size + few + 2 * vector, part)
+        assert distinct(only(reports, "bn_mean_backward_apply")) == (size + few + 4 * vector, size)
+    for name, report in reports:
+        assert report.counters["bank_conflicts"] == 0, name
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("channels", [1, 5, 65, 127])
@@ -107,3 +157,7 @@ def test_proof_others(simulator, channels, dtype):
             check_max_pool((2, channels, 10, 7), dtype, (2, 2), (2, 2), (0, 0), ceil=True, seed=order)
             check_bn_pool((2, channels, 11, 9), dtype, (3, 3), (2, 2), (1, 1), seed=order)
             check_bn_pool((2, channels, 10, 7), dtype, (3, 2), (2, 1), (1, 0), ceil=True, training=False, seed=order)
+            check_bn_mean((3, channels, 9, 7), dtype, seed=order)
+            check_bn_mean((3, channels, 9, 7), dtype, residual=False, seed=order)
+            check_bn_mean((3, channels, 9, 7), dtype, training=False, affine=(False, False), seed=order)
+            check_scale_add_relu((3, channels, 9, 7), dtype, seed=order)

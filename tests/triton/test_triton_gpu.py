@@ -1,8 +1,20 @@
 """The same cases on a GPU, where there is one: real launches, tile choice by timing, graph capture."""
 
+import copy
+
 import pytest
 import torch
-from cases import FLOATS, check_add_relu, check_bn_act, check_bn_pool, check_max_pool, random, room
+from cases import (
+    FLOATS,
+    check_add_relu,
+    check_bn_act,
+    check_bn_mean,
+    check_bn_pool,
+    check_max_pool,
+    check_scale_add_relu,
+    random,
+    room,
+)
 from conv_cases import (
     GEOMETRIES,
     STEMS,
@@ -13,6 +25,7 @@ from conv_cases import (
     check_prologue,
     check_stem,
 )
+from law import within_law
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +46,9 @@ def test_elementwise(channels, dtype):
         for residual in (True, False):
             check_bn_act((3, channels, 9, 7), dtype, residual, training=training, device="cuda")
     check_max_pool((2, channels, 11, 9), dtype, (3, 3), (2, 2), (1, 1), nan=True, device="cuda")
+    check_scale_add_relu((3, channels, 9, 7), dtype, nan=True, device="cuda")
     for training in (True, False):
+        check_bn_mean((3, channels, 7, 7), dtype, training=training, device="cuda")
         check_bn_pool((2, channels, 11, 9), dtype, (3, 3), (2, 2), (1, 1), training=training, device="cuda")
 
 
@@ -92,7 +107,8 @@ def test_cudnns_fused_convolution():
     reason = cudnn.why_not("fwd", *given)
     if reason is not None:
         pytest.skip(reason)
-    torch.testing.assert_close(cudnn.fwd(*given), eager.fwd(*given), rtol=1e-2, atol=1e-2)
+    wide = [t.double() if isinstance(t, torch.Tensor) else t for t in given]
+    within_law(cudnn.fwd(*given), eager.fwd(*given), eager.fwd(*wide), "y")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -107,11 +123,17 @@ def test_frozen_model_in_a_graph(dtype):
     frozen.prepare(x)
     assert x in frozen.graphs and other not in frozen.graphs
     assert torch.equal(frozen(x), plain), "the graph has the choices that were measured before it"
-    fresh = torch.randn_like(x)
+    eager, exact = copy.deepcopy(model).to(dtype), copy.deepcopy(model).double()
+    found = [[], [], []]
     with torch.no_grad():
-        exact = model.double()(fresh.double())
-    eager = (frozen(fresh).double() - exact).abs().max() / exact.abs().max()
-    assert eager < (2e-2 if dtype == torch.float16 else 5e-3)
+        for _ in range(24):  # 480 logits: of a few the largest error is a draw
+            fresh = torch.randn_like(x)
+            for place, y in zip(found, (frozen(fresh), eager(fresh.to(dtype)), exact(fresh.double()))):
+                place.append(y.double())
+    ours, theirs, truth = (torch.cat(place) for place in found)
+    error, own = ((t - truth).square().mean().sqrt() for t in (ours, theirs))
+    # Frozen networks are held to three times eager's root mean square error (README, Accuracy).
+    assert error <= 3 * own + torch.finfo(dtype).eps / 2 * truth.abs().max(), (error, own)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     expected = frozen(fresh)

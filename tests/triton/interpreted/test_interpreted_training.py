@@ -7,6 +7,7 @@ import torch
 
 from resnet_fast import backends, nn
 from resnet_fast.models.cifar import CifarResNet
+from resnet_fast.testing import check
 from tests.model_law import away_from_kinks
 
 
@@ -19,12 +20,12 @@ class Bottlenecks(torch.nn.Module):
         self.pool = torch.nn.MaxPool2d(3, 2, 1)
         down = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 1, stride=2, bias=False), torch.nn.BatchNorm2d(32))
         self.blocks = torch.nn.Sequential(nn.Bottleneck(16, 8, stride=2, downsample=down), nn.Bottleneck(32, 8))
-        self.fc = torch.nn.Linear(32, 5)
+        self.mean, self.fc = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(32, 5)
 
     def forward(self, x):
         """Logits."""
         x = nn.fused.stem(x, [(self.stem.conv, self.stem.bn)], self.pool)
-        return self.fc(self.blocks(x).mean((2, 3)))
+        return self.fc(nn.blocks.pooled(x, self.blocks, self.mean).flatten(1))
 
 
 def train(model, backend, images, labels):
@@ -41,8 +42,13 @@ def train(model, backend, images, labels):
     return model, torch.stack(losses), events
 
 
-@pytest.mark.proof
-@pytest.mark.parametrize("make", [lambda: CifarResNet(8, num_classes=5), Bottlenecks], ids=["basic", "bottleneck"])
+NETWORKS = (
+    pytest.param(lambda: CifarResNet(8, num_classes=5), id="basic", marks=pytest.mark.proof),
+    pytest.param(Bottlenecks, id="bottleneck"),
+)
+
+
+@pytest.mark.parametrize("make", NETWORKS)
 def test_training(make):
     torch.manual_seed(0)
     images = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
@@ -50,9 +56,17 @@ def test_training(make):
     model = away_from_kinks(make(), images).train()  # one ReLU that rounds to its other side would hide any tolerance
     ours, losses, events = train(model, "triton", images, labels)
     theirs, expected, _ = train(model, "eager", images, labels)
+    exact, truth, _ = train(model.double(), "eager", images.double(), labels)
     assert events and {room for _, _, room in events} == {"triton"}
-    assert ("bn_act_conv2d", "fwd", "triton") in events, "the norms inside the blocks are prologues"
+    doors = {(op, door) for op, door, _ in events}
+    assert ("bn_act_conv2d", "fwd") in doors, "the norms inside the blocks are prologues"
+    ends = {("bn_act_global_avg_pool2d", "fwd"), ("bn_act_global_avg_pool2d", "bwd")}
+    assert ends <= doors, "the last block ends in the mean"
     assert torch.unique(losses).numel() == 3, "the steps change something"
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values()):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    check.law(losses, expected, truth, "losses")
+    # Parameters and statistics after the steps, judged together and as parts of their size.
+    ours, theirs, exact = (
+        [t for t in found.state_dict().values() if t.is_floating_point()] for found in (ours, theirs, exact)
+    )
+    sizes = [t.abs().max() for t in exact]
+    check.law(*([t / size.to(t.dtype) for t, size in zip(state, sizes)] for state in (ours, theirs, exact)), "state")
