@@ -243,3 +243,20 @@ class TestConv2d(Contract):
             mine = outcome(functional.conv2d, *args)
             assert isinstance(mine, RuntimeError)
             refused(mine, words)
+
+    @pytest.mark.parametrize("name", ["cpu", "eager"])
+    def test_autocast_rounds_filters_once(self, name):
+        """Filters stay float32 until a room rounds them: the output has the bits of rounded ones, and the cpu room's
+        gradient of them is not rounded at all."""
+        x, weight = torch.randn(2, 32, 9, 9).bfloat16(), torch.randn(64, 32, 3, 3)
+        if name == "cpu" and backends.why_not("conv2d", "cpu", "fwd", (x, weight, None, [1, 1], [1, 1], [1, 1], 1)):
+            pytest.skip("the compiled module is not there")
+        weight.requires_grad_()
+        with backends.use_backend(name), backends.exact():
+            with torch.autocast("cpu", torch.bfloat16):
+                y = functional.conv2d(x, weight, padding=1)
+            rounded = functional.conv2d(x, weight.detach().bfloat16(), padding=1)
+            y.sum().backward()
+        assert y.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+        assert torch.equal(y, rounded)
+        assert torch.equal(weight.grad, weight.grad.bfloat16().float()) == (name == "eager")
