@@ -1,4 +1,5 @@
 // The module's only door: one m.def per line, pointers as integers, no logic.
+// clang-format off: a door is a line, however long.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -8,17 +8,17 @@ namespace rf {
 
 struct BnActArgs {
   DType dtype;
-  void* y;               // null: statistics only
-  float* mean;           // training: out; eval: in
-  float* var;            // training: out, biased, or null; eval: in
-  float* rstd;           // out, or null
+  void* y;      // null: statistics only
+  float* mean;  // training: out; eval: in
+  float* var;   // training: out, biased, or null; eval: in
+  float* rstd;  // out, or null
   const void* x;
   const void* residual;  // or null
   const float* gamma;    // or null: 1
   const float* beta;     // or null: 0
   int64_t rows, channels;
   double eps;
-  bool training;         // statistics of this batch; else the given mean and var
+  bool training;  // statistics of this batch; else the given mean and var
   bool relu;
   int threads;
 };
@@ -29,32 +29,32 @@ struct BnActArgs {
 //   dx = gamma * rstd * g                                             (eval)
 struct BnActBackwardArgs {
   DType dtype;
-  void* dx;              // or null
-  float* dgamma;         // or null
-  float* dbeta;          // or null
-  void* dresidual;       // or null
+  void* dx;         // or null
+  float* dgamma;    // or null
+  float* dbeta;     // or null
+  void* dresidual;  // or null
   const void* dy;
   const void* x;
-  const void* y;         // the mask's source; null: no residual was added, the mask is recomputed from x
-  const float* gamma;    // or null: 1
-  const float* beta;     // or null: 0
+  const void* y;       // the mask's source; null: no residual was added, the mask is recomputed from x
+  const float* gamma;  // or null: 1
+  const float* beta;   // or null: 0
   const float* mean;
-  const float* var;      // the forward's, biased: rstd is recomputed from it as the forward computed it
+  const float* var;  // the forward's, biased: rstd is recomputed from it as the forward computed it
   double eps;
   int64_t rows, channels;
-  int64_t count;         // rows behind mean and var; more than `rows` when they were reduced over processes
+  int64_t count;  // rows behind mean and var; more than `rows` when they were reduced over processes
   bool training;
   bool relu;
-  bool sums_given;       // dgamma and dbeta are inputs (already reduced over processes): dx and dresidual only
+  bool sums_given;  // dgamma and dbeta are inputs (already reduced over processes): dx and dresidual only
   int threads;
 };
 
 // running = (1 - momentum) * running + momentum * value, with the unbiased variance, as torch does.
 struct BnRunningArgs {
-  float* running_mean;   // or null
-  float* running_var;    // or null
+  float* running_mean;  // or null
+  float* running_var;   // or null
   const float* mean;
-  const float* var;      // biased
+  const float* var;  // biased
   int64_t count, channels;
   double momentum;
 };

@@ -24,7 +24,8 @@ constexpr size_t kGrain = 64u << 10;  // of a buffer: whole huge pages would was
 size_t round_up(size_t bytes, size_t grain) { return (bytes + grain - 1) / grain * grain; }
 #ifdef __linux__
 void* map(size_t bytes) {
-  char* at = static_cast<char*>(mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  char* at =
+      static_cast<char*>(mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (at == MAP_FAILED) throw std::bad_alloc();
   const size_t skip = (kHugePage - reinterpret_cast<uintptr_t>(at) % kHugePage) % kHugePage;
   if (skip) munmap(at, skip);
@@ -80,7 +81,8 @@ struct Buffers {
   }
 };
 
-// Never destroyed: tensors may outlive every static. A fork waits for the lock, so that the child does not inherit it held.
+// Never destroyed: tensors may outlive every static. A fork waits for the lock, so that the child does not inherit it
+// held.
 Buffers& buffers() {
   static Buffers* const all = [] {
     auto* made = new Buffers;
@@ -118,8 +120,10 @@ void* take_buffer(size_t bytes) {
     const auto [whole, at] = *fit;
     b.drop(at, whole);
     data = at;
-    if (!kDivisible) given = whole;
-    else if (whole > size) b.keep(at + size, whole - size);
+    if (!kDivisible)
+      given = whole;
+    else if (whole > size)
+      b.keep(at + size, whole - size);
   } else {
     const size_t mapped = kDivisible ? round_up(size, kHugePage) : size;
     const size_t peak = b.peak_bytes > b.used_bytes + mapped ? b.peak_bytes : b.used_bytes + mapped;

@@ -1,9 +1,10 @@
-// Large output buffers of operators, reused between calls: a fresh page costs a fault, and a training step of ResNet-50 at
-// batch 16 touches gigabytes of them (a 51 MB tensor: 15 ms to fault in and 4 to give back, 2.4 to write; malloc maps
-// whatever is 32 MB or more anew each time). Memory comes from mmap on huge pages and is kept when its tensor dies, to be
-// cut and joined as later tensors want it. What is in use and kept together never exceeds what was in use at once, so it
-// costs memory only while something else grows: the weight gradients, which backward makes while the activations go, are
-// therefore buffers too. Keeping an eighth only was tried: ResNet-18 at batch 16 faults 400 MB a step, 980 ms for 670.
+// Large output buffers of operators, reused between calls: a fresh page costs a fault, and a training step of ResNet-50
+// at batch 16 touches gigabytes of them (a 51 MB tensor: 15 ms to fault in and 4 to give back, 2.4 to write; malloc
+// maps whatever is 32 MB or more anew each time). Memory comes from mmap on huge pages and is kept when its tensor
+// dies, to be cut and joined as later tensors want it. What is in use and kept together never exceeds what was in use
+// at once, so it costs memory only while something else grows: the weight gradients, which backward makes while the
+// activations go, are therefore buffers too. Keeping an eighth only was tried: ResNet-18 at batch 16 faults 400 MB a
+// step, 980 ms for 670.
 #pragma once
 #include <cstddef>
 #include <cstdint>

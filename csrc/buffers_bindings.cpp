@@ -1,4 +1,5 @@
-// Buffers as tensors: a DLPack capsule, the array exchange protocol torch.utils.dlpack reads without linking against it.
+// Buffers as tensors: a DLPack capsule, the array exchange protocol torch.utils.dlpack reads without linking against
+// it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,9 +16,14 @@ namespace {
 // The structs of DLPack's stable ABI (dmlc/dlpack, version 0), as far as they are needed.
 struct DLTensor {
   void* data;
-  struct { int32_t type, id; } device;
+  struct {
+    int32_t type, id;
+  } device;
   int32_t ndim;
-  struct { uint8_t code, bits; uint16_t lanes; } dtype;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
   int64_t *shape, *strides;
   uint64_t byte_offset;
 };
@@ -46,7 +52,10 @@ py::capsule buffer(int64_t n, int64_t c, int64_t h, int64_t w, int dtype) {
   auto* owner = new Owner{{}, {n, c, h, w}, {h * w * c, 1, w * c, c}};
   try {
     void* data = take_buffer(size_t(n * c * h * w) * dtype_size(DType(dtype)));
-    owner->managed = {{data, {kCpu, 0}, 4, {f32 ? kFloat : kBfloat, uint8_t(f32 ? 32 : 16), 1}, owner->shape, owner->strides, 0}, owner, destroy};
+    owner->managed = {
+        {data, {kCpu, 0}, 4, {f32 ? kFloat : kBfloat, uint8_t(f32 ? 32 : 16), 1}, owner->shape, owner->strides, 0},
+        owner,
+        destroy};
   } catch (...) {
     delete owner;
     throw;
@@ -62,7 +71,8 @@ py::capsule buffer(int64_t n, int64_t c, int64_t h, int64_t w, int dtype) {
 }  // namespace
 
 void bind_buffers(py::module_& m) {
-  m.def("buffer", &buffer, py::arg("n"), py::arg("c"), py::arg("h"), py::arg("w"), py::arg("dtype"), "a DLPack capsule of an uninitialised channels_last tensor in memory that is kept for reuse");
+  m.def("buffer", &buffer, py::arg("n"), py::arg("c"), py::arg("h"), py::arg("w"), py::arg("dtype"),
+        "a DLPack capsule of an uninitialised channels_last tensor in memory that is kept for reuse");
   m.def("release_buffers", &release_buffers, "gives memory kept for reuse back; returns its bytes");
   m.def("buffers_in_use", &buffers_in_use);
 }

@@ -15,7 +15,7 @@ template <class... Parts>
 }  // namespace rf
 
 // RF_CHECK(c == 64, "expected 64 channels, got ", c)
-#define RF_CHECK(condition, ...)          \
-  do {                                    \
+#define RF_CHECK(condition, ...)               \
+  do {                                         \
     if (!(condition)) ::rf::fail(__VA_ARGS__); \
   } while (0)

@@ -7,8 +7,8 @@
 namespace rf {
 
 struct ConvShape {
-  int64_t N, H, W, C;   // input
-  int64_t K, R, S;      // filters; P x Q is the output's size
+  int64_t N, H, W, C;  // input
+  int64_t K, R, S;     // filters; P x Q is the output's size
   int64_t P, Q;
   int64_t stride_h = 1, stride_w = 1;
   int64_t pad_h = 0, pad_w = 0;  // top and left; bottom and right follow from P and Q
@@ -19,10 +19,10 @@ struct ConvShape {
 
 // What an algorithm may be asked to tune; 0 means "the algorithm's own default for this shape".
 struct ConvConfig {
-  int algorithm = 0;      // index into conv_algorithms()
-  int block_rows = 0;     // GEMM rows (pixels or Winograd tiles) a thread keeps in cache
-  int block_cols = 0;     // output channels per pass over those rows
-  int split_cols = 0;     // 0: threads share rows, 1: threads share output channels
+  int algorithm = 0;   // index into conv_algorithms()
+  int block_rows = 0;  // GEMM rows (pixels or Winograd tiles) a thread keeps in cache
+  int block_cols = 0;  // output channels per pass over those rows
+  int split_cols = 0;  // 0: threads share rows, 1: threads share output channels
 };
 
 struct ConvArgs {
@@ -31,20 +31,20 @@ struct ConvArgs {
   DType dtype = DType::f32;
   void* y = nullptr;
   const void* x = nullptr;
-  const void* packed = nullptr;     // from conv_pack
-  const float* scale = nullptr;     // [K]; null: 1
-  const float* shift = nullptr;     // [K]; null: 0
-  const void* residual = nullptr;   // like y; null: none
+  const void* packed = nullptr;    // from conv_pack
+  const float* scale = nullptr;    // [K]; null: 1
+  const float* shift = nullptr;    // [K]; null: 0
+  const void* residual = nullptr;  // like y; null: none
   bool relu = false;
-  void* scratch = nullptr;          // conv_scratch_bytes() of it, 64-byte aligned
+  void* scratch = nullptr;  // conv_scratch_bytes() of it, 64-byte aligned
 };
 
 // The doors of the convolution kernels; one set per instruction set, in the Kernels table.
 // An algorithm is one way to compute the same thing ("direct", "winograd2", "winograd4", "gemm", ...).
 struct ConvKernels {
-  int (*algorithms)();                                          // how many there are
+  int (*algorithms)();  // how many there are
   const char* (*name)(int algorithm);
-  const char* (*why_not)(const ConvShape&, DType, int algorithm);  // null: it can; else the reason
+  const char* (*why_not)(const ConvShape&, DType, int algorithm);             // null: it can; else the reason
   ConvConfig (*heuristic)(const ConvShape&, DType, int threads, bool exact);  // exact: no Winograd
   size_t (*packed_bytes)(const ConvShape&, DType, int algorithm);
   // w: dense [K, C/groups, R, S] float32; fold: [K] multiplied into the filters, or null.

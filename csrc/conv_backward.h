@@ -31,10 +31,10 @@ struct DgradArgs {
 // stride 1 convolution is a convolution of dy by the filters with K and C exchanged and R and S reversed: strides
 // (stride_c, stride_k, -stride_r, -stride_s) from the last tap, padding R - 1 - pad.
 struct PackStridedArgs {
-  ConvShape shape;       // of the convolution that will run
-  DType dtype;           // of its tensors; w is float32
+  ConvShape shape;  // of the convolution that will run
+  DType dtype;      // of its tensors; w is float32
   int algorithm;
-  void* packed;          // conv_packed_bytes() of it
+  void* packed;  // conv_packed_bytes() of it
   const float* w;
   int64_t stride_k, stride_c, stride_r, stride_s;
   int threads;

@@ -7,8 +7,8 @@ namespace rf {
 
 struct PoolShape {
   int64_t N, H, W, C;
-  int64_t P, Q;          // output; given, so that ceil_mode is the caller's arithmetic
-  int64_t R, S;          // window
+  int64_t P, Q;  // output; given, so that ceil_mode is the caller's arithmetic
+  int64_t R, S;  // window
   int64_t stride_h, stride_w;
   int64_t pad_h, pad_w;
   int64_t dilation_h, dilation_w;
@@ -18,7 +18,7 @@ struct MaxPoolArgs {
   PoolShape shape;
   DType dtype;
   void* y;
-  uint8_t* argmax;       // r * S + s of the winner, [N, P, Q, C]; null: not wanted. Needs R * S <= 256.
+  uint8_t* argmax;  // r * S + s of the winner, [N, P, Q, C]; null: not wanted. Needs R * S <= 256.
   const void* x;
   int threads;
 };

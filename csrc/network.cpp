@@ -14,7 +14,8 @@
 namespace rf {
 
 const char* op_name(Op op) {
-  static const char* const kNames[] = {"input", "conv", "linear", "max_pool", "avg_pool", "global_avg_pool", "scale", "add", "relu", "sigmoid"};
+  static const char* const kNames[] = {"input",           "conv",  "linear", "max_pool", "avg_pool",
+                                       "global_avg_pool", "scale", "add",    "relu",     "sigmoid"};
   return kNames[int(op)];
 }
 
@@ -37,19 +38,19 @@ Buffer::~Buffer() { ::free(data_); }
 // ---- Network
 
 Network::Network(DType dtype) : dtype_(dtype) {
-  RF_CHECK(dtype == DType::f32 || dtype == DType::bf16, "Network: dtype is 0 (float32) or 1 (bfloat16), got ", int(dtype));
+  RF_CHECK(dtype == DType::f32 || dtype == DType::bf16, "Network: dtype is 0 (float32) or 1 (bfloat16), got ",
+           int(dtype));
 }
 
-void Network::check_open() const {
-  RF_CHECK(!planned_, "Network: a plan was made; the graph can no longer change");
-}
+void Network::check_open() const { RF_CHECK(!planned_, "Network: a plan was made; the graph can no longer change"); }
 
 void Network::check_value(const char* what, int id) const {
   RF_CHECK(id >= 0 && id < int(nodes_.size()), what, ": no value ", id, "; there are ", nodes_.size());
 }
 
 static void check_pair(const char* what, Pair p, int64_t least) {
-  RF_CHECK(p.h >= least && p.w >= least && p.h < (1 << 20) && p.w < (1 << 20), what, ": wanted two sizes of at least ", least, ", got (", p.h, ", ", p.w, ")");
+  RF_CHECK(p.h >= least && p.w >= least && p.h < (1 << 20) && p.w < (1 << 20), what, ": wanted two sizes of at least ",
+           least, ", got (", p.h, ", ", p.w, ")");
 }
 
 int Network::append(Node node) {
@@ -76,11 +77,13 @@ int Network::conv(int x, int64_t filters, Pair kernel, Pair stride, Pair padding
   check_pair("conv: padding", padding, 0);
   check_pair("conv: dilation", dilation, 1);
   RF_CHECK(filters > 0, "conv: wanted at least one filter, got ", filters);
-  RF_CHECK(groups > 0 && C % groups == 0 && filters % groups == 0, "conv: groups must divide the channels (", C, ") and the filters (", filters, "), got ", groups);
+  RF_CHECK(groups > 0 && C % groups == 0 && filters % groups == 0, "conv: groups must divide the channels (", C,
+           ") and the filters (", filters, "), got ", groups);
   RF_CHECK(weight, "conv: weight is null");
   if (residual >= 0) {
     check_value("conv: residual", residual);
-    RF_CHECK(nodes_[residual].channels == filters, "conv: the residual has ", nodes_[residual].channels, " channels, the output ", filters);
+    RF_CHECK(nodes_[residual].channels == filters, "conv: the residual has ", nodes_[residual].channels,
+             " channels, the output ", filters);
   }
   Node n;
   n.op = Op::conv;
@@ -110,7 +113,9 @@ int Network::max_pool(int x, Pair kernel, Pair stride, Pair padding, bool ceil_m
   check_pair("max_pool: kernel", kernel, 1);
   check_pair("max_pool: stride", stride, 1);
   check_pair("max_pool: padding", padding, 0);
-  RF_CHECK(padding.h * 2 <= kernel.h && padding.w * 2 <= kernel.w, "max_pool: padding may be at most half the kernel, got (", padding.h, ", ", padding.w, ") for (", kernel.h, ", ", kernel.w, ")");
+  RF_CHECK(padding.h * 2 <= kernel.h && padding.w * 2 <= kernel.w,
+           "max_pool: padding may be at most half the kernel, got (", padding.h, ", ", padding.w, ") for (", kernel.h,
+           ", ", kernel.w, ")");
   Node n;
   n.op = Op::max_pool;
   n.x = x;
@@ -160,7 +165,8 @@ int Network::scale(int x, int gate, int residual, bool relu) {
 int Network::add(int x, int residual, bool relu) {
   check_value("add: x", x);
   check_value("add: residual", residual);
-  RF_CHECK(nodes_[x].channels == nodes_[residual].channels, "add: x has ", nodes_[x].channels, " channels, the residual ", nodes_[residual].channels);
+  RF_CHECK(nodes_[x].channels == nodes_[residual].channels, "add: x has ", nodes_[x].channels,
+           " channels, the residual ", nodes_[residual].channels);
   Node n;
   n.op = Op::add;
   n.x = x;
@@ -217,7 +223,8 @@ std::shared_ptr<const char> Network::packed(int node, int algorithm, const ConvS
   const Node& n = nodes_[node];
   const ConvKernels& conv = *kernels().conv;
   auto buffer = std::make_shared<Buffer>(conv.packed_bytes(shape, dtype_, algorithm));
-  conv.pack(shape, dtype_, algorithm, buffer->data(), n.weight.data(), n.fold.empty() ? nullptr : n.fold.data(), threads);
+  conv.pack(shape, dtype_, algorithm, buffer->data(), n.weight.data(), n.fold.empty() ? nullptr : n.fold.data(),
+            threads);
   std::shared_ptr<const char> memory(buffer, buffer->data());
   entry = {memory, buffer->bytes()};
   return memory;

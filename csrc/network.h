@@ -83,7 +83,8 @@ class Network : public std::enable_shared_from_this<Network> {
   void output(int x);
 
   // exact: no Winograd. tune: 0 the heuristics, 1 a short search by measurement, 2 a longer one.
-  std::shared_ptr<Plan> plan(int64_t N, int64_t H, int64_t W, int threads, bool exact, int tune, const Choices& choices);
+  std::shared_ptr<Plan> plan(int64_t N, int64_t H, int64_t W, int threads, bool exact, int tune,
+                             const Choices& choices);
 
   DType dtype() const { return dtype_; }
   const std::vector<Node>& nodes() const { return nodes_; }
@@ -181,7 +182,7 @@ class Plan {
   void emit(std::vector<Step>& steps, int level, int64_t begin, int64_t end, Input input) const;
   Step step_of(int node, int64_t begin, int64_t end, Input input) const;
   ConvShape shape_of(int node, int64_t images) const;
-  ConvShape planned_shape(int node) const;  // of one pass
+  ConvShape planned_shape(int node) const;              // of one pass
   ConvShape band_shape(int pool, int64_t* band) const;  // of the convolution fused into a max_pool
   int64_t scratch_bytes(int node) const;
   int64_t value_bytes(int node) const { return extents_[node].elements() * int64_t(dtype_size(network_->dtype())); }

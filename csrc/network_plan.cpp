@@ -29,9 +29,7 @@ static int64_t pool_extent(int64_t in, int64_t kernel, int64_t stride, int64_t p
 
 static bool is_conv(const Node& n) { return n.op == Op::conv || n.op == Op::linear; }
 
-bool is_winograd(int algorithm) {
-  return std::strncmp(kernels().conv->name(algorithm), "winograd", 8) == 0;
-}
+bool is_winograd(int algorithm) { return std::strncmp(kernels().conv->name(algorithm), "winograd", 8) == 0; }
 
 Plan::Plan(std::shared_ptr<Network> network, int64_t N, int64_t H, int64_t W, int threads, bool exact)
     : network_(std::move(network)), N_(N), threads_(threads), exact_(exact) {
@@ -50,7 +48,8 @@ void Plan::infer_extents(int64_t H, int64_t W) {
     Extent out = {in.H, in.W, n.channels};
     switch (n.op) {
       case Op::linear:
-        RF_CHECK(in.H == 1 && in.W == 1, "linear (value ", i, "): x must be 1x1, got ", in.H, "x", in.W, ": pool it first");
+        RF_CHECK(in.H == 1 && in.W == 1, "linear (value ", i, "): x must be 1x1, got ", in.H, "x", in.W,
+                 ": pool it first");
         break;
       case Op::conv:
         out.H = conv_extent(in.H, n.kernel.h, n.stride.h, n.padding.h, n.dilation.h);
@@ -61,22 +60,29 @@ void Plan::infer_extents(int64_t H, int64_t W) {
         out.H = pool_extent(in.H, n.kernel.h, n.stride.h, n.padding.h, n.ceil_mode);
         out.W = pool_extent(in.W, n.kernel.w, n.stride.w, n.padding.w, n.ceil_mode);
         break;
-      case Op::global_avg_pool: out.H = out.W = 1; break;
-      default: break;
+      case Op::global_avg_pool:
+        out.H = out.W = 1;
+        break;
+      default:
+        break;
     }
-    RF_CHECK(out.H > 0 && out.W > 0, op_name(n.op), " (value ", i, "): an input of ", in.H, "x", in.W, " is smaller than the kernel of ", n.kernel.h, "x", n.kernel.w, " needs");
+    RF_CHECK(out.H > 0 && out.W > 0, op_name(n.op), " (value ", i, "): an input of ", in.H, "x", in.W,
+             " is smaller than the kernel of ", n.kernel.h, "x", n.kernel.w, " needs");
     if (n.residual >= 0) {
       const Extent& r = extents_[n.residual];
-      RF_CHECK(r.H == out.H && r.W == out.W, op_name(n.op), " (value ", i, "): the residual is ", r.H, "x", r.W, ", the output ", out.H, "x", out.W);
+      RF_CHECK(r.H == out.H && r.W == out.W, op_name(n.op), " (value ", i, "): the residual is ", r.H, "x", r.W,
+               ", the output ", out.H, "x", out.W);
     }
     if (n.gate >= 0) {
       const Extent& g = extents_[n.gate];
       RF_CHECK(g.H == 1 && g.W == 1, "scale (value ", i, "): the gate must be 1x1, got ", g.H, "x", g.W);
     }
     int64_t bytes;
-    const bool huge = __builtin_mul_overflow(out.H, out.W, &bytes) || __builtin_mul_overflow(bytes, out.C * 4, &bytes) ||
-                      __builtin_mul_overflow(bytes, N_, &bytes) || bytes > (int64_t(1) << 46);
-    RF_CHECK(!huge, op_name(n.op), " (value ", i, "): ", N_, " images of ", out.H, "x", out.W, "x", out.C, " cannot be addressed");
+    const bool huge = __builtin_mul_overflow(out.H, out.W, &bytes) ||
+                      __builtin_mul_overflow(bytes, out.C * 4, &bytes) || __builtin_mul_overflow(bytes, N_, &bytes) ||
+                      bytes > (int64_t(1) << 46);
+    RF_CHECK(!huge, op_name(n.op), " (value ", i, "): ", N_, " images of ", out.H, "x", out.W, "x", out.C,
+             " cannot be addressed");
     extents_[i] = out;
   }
 }
@@ -187,12 +193,16 @@ void Plan::choose_convolutions(const Choices& choices) {
       const Choice& c = choice->second;
       int algorithm = 0;
       while (algorithm < conv.algorithms() && c.algorithm != conv.name(algorithm)) ++algorithm;
-      RF_CHECK(algorithm < conv.algorithms(), "choices[", i, "]: no convolution algorithm is called '", c.algorithm, "'");
+      RF_CHECK(algorithm < conv.algorithms(), "choices[", i, "]: no convolution algorithm is called '", c.algorithm,
+               "'");
       const char* why = conv.why_not(shape, dtype, algorithm);
       RF_CHECK(!why, "choices[", i, "]: ", c.algorithm, " cannot do this convolution: ", why);
-      RF_CHECK(!exact_ || !is_winograd(algorithm), "choices[", i, "]: ", c.algorithm, " is not exact, and exact was asked for");
-      RF_CHECK(fused_into_[i] < 0 || !is_winograd(algorithm), "choices[", i, "]: ", c.algorithm, " cannot compute the rows of a max_pool (value ", fused_into_[i], ")");
-      RF_CHECK(c.block_rows >= 0 && c.block_cols >= 0 && c.split_cols >= 0, "choices[", i, "]: block sizes cannot be negative");
+      RF_CHECK(!exact_ || !is_winograd(algorithm), "choices[", i, "]: ", c.algorithm,
+               " is not exact, and exact was asked for");
+      RF_CHECK(fused_into_[i] < 0 || !is_winograd(algorithm), "choices[", i, "]: ", c.algorithm,
+               " cannot compute the rows of a max_pool (value ", fused_into_[i], ")");
+      RF_CHECK(c.block_rows >= 0 && c.block_cols >= 0 && c.split_cols >= 0, "choices[", i,
+               "]: block sizes cannot be negative");
       config = {algorithm, c.block_rows, c.block_cols, c.split_cols};
     }
     packed_[i] = network_->packed(i, config.algorithm, shape, threads_);
@@ -212,16 +222,20 @@ bool Plan::reads_planar() const {
   return true;
 }
 
-std::shared_ptr<Plan> Network::plan(int64_t N, int64_t H, int64_t W, int threads, bool exact, int tune, const Choices& choices) {
+std::shared_ptr<Plan> Network::plan(int64_t N, int64_t H, int64_t W, int threads, bool exact, int tune,
+                                    const Choices& choices) {
   RF_CHECK(output_ >= 0, "plan: the network has no output yet");
-  RF_CHECK(N > 0 && H > 0 && W > 0, "plan: wanted at least one image of at least one pixel, got ", N, " of ", H, "x", W);
+  RF_CHECK(N > 0 && H > 0 && W > 0, "plan: wanted at least one image of at least one pixel, got ", N, " of ", H, "x",
+           W);
   RF_CHECK(threads > 0 && threads <= 1024, "plan: wanted 1 to 1024 threads, got ", threads);
   RF_CHECK(tune >= 0 && tune <= 2, "plan: tune is 0, 1 or 2, got ", tune);
   for (const auto& entry : choices) {
     check_value("choices", entry.first);
     const Op op = nodes_[entry.first].op;
-    RF_CHECK(entry.second.algorithm.empty() || op == Op::conv || op == Op::linear, "choices[", entry.first, "]: a ", op_name(op), " has no algorithm to choose");
-    RF_CHECK(entry.second.images >= 0, "choices[", entry.first, "]: images cannot be negative, got ", entry.second.images);
+    RF_CHECK(entry.second.algorithm.empty() || op == Op::conv || op == Op::linear, "choices[", entry.first, "]: a ",
+             op_name(op), " has no algorithm to choose");
+    RF_CHECK(entry.second.images >= 0, "choices[", entry.first, "]: images cannot be negative, got ",
+             entry.second.images);
   }
   {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -89,7 +89,8 @@ void Plan::place_values() {
     }
     item.offset = at;
     total = std::max(total, at + item.bytes);
-    const auto after = std::upper_bound(placed.begin(), placed.end(), &item, [](const Item* a, const Item* b) { return a->offset < b->offset; });
+    const auto after = std::upper_bound(placed.begin(), placed.end(), &item,
+                                        [](const Item* a, const Item* b) { return a->offset < b->offset; });
     placed.insert(after, &item);
   }
   for (const Item& item : items) (item.scratch ? scratch_ : offset_)[item.value] = item.offset;
@@ -167,14 +168,29 @@ Step Plan::step_of(int node, int64_t begin, int64_t end, Input input) const {
   s.pool.pad_h = n.padding.h, s.pool.pad_w = n.padding.w;
   s.pool.count_include_pad = n.count_include_pad;
   switch (n.op) {
-    case Op::max_pool: s.kind = fused ? StepKind::conv_max_pool : StepKind::max_pool; break;
-    case Op::avg_pool: s.kind = StepKind::avg_pool; break;
-    case Op::global_avg_pool: s.kind = StepKind::global_avg_pool; break;
-    case Op::scale: s.kind = StepKind::scale; break;
-    case Op::add: s.kind = StepKind::add; break;
-    case Op::relu: s.kind = StepKind::relu; break;
-    case Op::sigmoid: s.kind = StepKind::sigmoid; break;
-    default: s.kind = StepKind::conv;
+    case Op::max_pool:
+      s.kind = fused ? StepKind::conv_max_pool : StepKind::max_pool;
+      break;
+    case Op::avg_pool:
+      s.kind = StepKind::avg_pool;
+      break;
+    case Op::global_avg_pool:
+      s.kind = StepKind::global_avg_pool;
+      break;
+    case Op::scale:
+      s.kind = StepKind::scale;
+      break;
+    case Op::add:
+      s.kind = StepKind::add;
+      break;
+    case Op::relu:
+      s.kind = StepKind::relu;
+      break;
+    case Op::sigmoid:
+      s.kind = StepKind::sigmoid;
+      break;
+    default:
+      s.kind = StepKind::conv;
   }
   if (fused) {
     ConvShape shape = band_shape(node, &s.band);

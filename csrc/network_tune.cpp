@@ -20,7 +20,12 @@ static double now() {
 class Tuner {
  public:
   Tuner(Plan& plan, const Choices& given, int effort)
-      : plan_(plan), given_(given), effort_(effort), deadline_(now() + (effort > 1 ? 60.0 : 10.0)), x_(image_bytes()), out_(output_bytes()) {
+      : plan_(plan),
+        given_(given),
+        effort_(effort),
+        deadline_(now() + (effort > 1 ? 60.0 : 10.0)),
+        x_(image_bytes()),
+        out_(output_bytes()) {
     // Any finite values do, but zeros would hide what denormals or an all-zero ReLU change.
     uint32_t state = 1;
     for (size_t i = 0; i + 2 <= x_.bytes(); i += 2) {
@@ -104,16 +109,19 @@ class Tuner {
       const auto given = given_.find(i);
       if (given != given_.end() && !given->second.algorithm.empty()) continue;
       const ConvShape s = plan_.planned_shape(i);
-      Kind& kind = kinds[{s.N, s.H, s.W, s.C, s.K, s.R, s.S, s.P, s.Q, s.stride_h, s.stride_w, s.pad_h, s.pad_w, s.dilation_h, s.dilation_w, s.groups, plan_.fused_into_[i] >= 0}];
+      Kind& kind = kinds[{s.N, s.H, s.W, s.C, s.K, s.R, s.S, s.P, s.Q, s.stride_h, s.stride_w, s.pad_h, s.pad_w,
+                          s.dilation_h, s.dilation_w, s.groups, plan_.fused_into_[i] >= 0}];
       kind.members.push_back(i);
       if (kind.members.size() > 1) continue;
       ConvConfig all[64];
-      const int n = conv.candidates(s, plan_.network_->dtype(), plan_.fused_into_[i] >= 0 ? 1 : plan_.threads_, all, 64);
+      const int n =
+          conv.candidates(s, plan_.network_->dtype(), plan_.fused_into_[i] >= 0 ? 1 : plan_.threads_, all, 64);
       kind.candidates.push_back(plan_.configs_[i]);
       for (int c = 0; c < n; ++c) {
         const bool barred = is_winograd(all[c].algorithm) && (plan_.exact_ || plan_.fused_into_[i] >= 0);
         const ConvConfig& first = kind.candidates[0];
-        const bool again = std::tie(first.algorithm, first.block_rows, first.block_cols, first.split_cols) == std::tie(all[c].algorithm, all[c].block_rows, all[c].block_cols, all[c].split_cols);
+        const bool again = std::tie(first.algorithm, first.block_rows, first.block_cols, first.split_cols) ==
+                           std::tie(all[c].algorithm, all[c].block_rows, all[c].block_cols, all[c].split_cols);
         if (!barred && !again) kind.candidates.push_back(all[c]);
       }
     }
@@ -175,7 +183,8 @@ class Tuner {
       const double best = *std::min_element(kind.best.begin(), kind.best.end());
       for (int c = int(kind.candidates.size()) - 1; c >= 0; --c) {
         const bool first = c == 0 && kind.best[0] == kUntried;
-        if (first || (kind.best[size_t(c)] == kUntried && wanted(kind, kind.candidates[size_t(c)], best))) kind.queue.push_back(c);
+        if (first || (kind.best[size_t(c)] == kUntried && wanted(kind, kind.candidates[size_t(c)], best)))
+          kind.queue.push_back(c);
       }
     }
     measure_queues(kinds);
@@ -200,7 +209,8 @@ class Tuner {
       for (Kind& kind : kinds) {
         std::vector<int> order(kind.candidates.size());
         for (int i = 0; i < int(order.size()); ++i) order[size_t(i)] = i;
-        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return kind.best[size_t(a)] < kind.best[size_t(b)]; });
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int a, int b) { return kind.best[size_t(a)] < kind.best[size_t(b)]; });
         order.resize(std::min(order.size(), size_t(3)));
         kind.queue.assign(order.rbegin(), order.rend());
       }

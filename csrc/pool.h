@@ -12,7 +12,7 @@ struct PoolArgs {
   int64_t P = 0, Q = 0;
   int64_t kernel_h = 1, kernel_w = 1;
   int64_t stride_h = 1, stride_w = 1;
-  int64_t pad_h = 0, pad_w = 0;  // top and left; what lies beyond the bottom and right follows from P and Q
+  int64_t pad_h = 0, pad_w = 0;   // top and left; what lies beyond the bottom and right follows from P and Q
   bool count_include_pad = true;  // average only
 };
 

@@ -35,8 +35,11 @@ RF_INLINE void add_rows(const T* x, int64_t stride, const Moments& m, int64_t c,
 // constant channel has variance 0 however large it is.
 template <int rows, class T, class Lanes>
 RF_INLINE Vec mean_of(const T* x, int64_t stride, Lanes lanes) {
-  if constexpr (rows == 1) return load(x, lanes);
-  else return (mean_of<rows / 2>(x, stride, lanes) + mean_of<rows / 2>(x + rows / 2 * stride, stride, lanes)) * broadcast(0.5f);
+  if constexpr (rows == 1)
+    return load(x, lanes);
+  else
+    return (mean_of<rows / 2>(x, stride, lanes) + mean_of<rows / 2>(x + rows / 2 * stride, stride, lanes)) *
+           broadcast(0.5f);
 }
 
 template <class T>
@@ -52,7 +55,8 @@ static void chunk_moments(const T* x, int64_t stride, const Tile& t, const Momen
     store(m.square + c, zero());
   });
   for_groups(t, size_t(stride) * sizeof(T), [&](int64_t at, auto rows) {
-    for_columns(t.col_begin, t.col_end, [&](int64_t c, auto lanes) { add_rows<rows.value>(x + at * stride, stride, m, c, lanes); });
+    for_columns(t.col_begin, t.col_end,
+                [&](int64_t c, auto lanes) { add_rows<rows.value>(x + at * stride, stride, m, c, lanes); });
   });
 }
 
@@ -141,9 +145,8 @@ static void forward(const BnActArgs& a, const Grid& grid) {
     finish_channels(a, grid, partials, k, team.share(grid.channels, kMergeBlock));
     if (!a.y) return;
     team.sync();
-    for_tiles(team, grid, a.training, [&](const Tile& t) {
-      streamed ? apply_any<T, true>(a, k, t) : apply_any<T, false>(a, k, t);
-    });
+    for_tiles(team, grid, a.training,
+              [&](const Tile& t) { streamed ? apply_any<T, true>(a, k, t) : apply_any<T, false>(a, k, t); });
   });
 }
 

@@ -13,18 +13,19 @@
 namespace rf {
 namespace RF_ISA {
 
-constexpr int64_t kColumnGrain = 64;         // channels; a cut narrower than a cache line of bf16 shares lines
-constexpr int kGroupRows = 4;                // short rows summed in registers before they meet an accumulator
-constexpr size_t kShortRow = 256;            // bytes; longer rows are read one by one: zigzag over them halves DRAM's rate
-constexpr int kMergeBlock = 16;               // channels whose partial sums are merged together: one line of floats
-constexpr int64_t kThreadElements = 8192;    // a share below it is not worth a thread
-constexpr size_t kStreamBytes = 24u << 20;   // outputs this large bypass the caches (measured, see bn_act.cpp)
+constexpr int64_t kColumnGrain = 64;  // channels; a cut narrower than a cache line of bf16 shares lines
+constexpr int kGroupRows = 4;         // short rows summed in registers before they meet an accumulator
+constexpr size_t kShortRow = 256;     // bytes; longer rows are read one by one: zigzag over them halves DRAM's rate
+constexpr int kMergeBlock = 16;       // channels whose partial sums are merged together: one line of floats
+constexpr int64_t kThreadElements = 8192;   // a share below it is not worth a thread
+constexpr size_t kStreamBytes = 24u << 20;  // outputs this large bypass the caches (measured, see bn_act.cpp)
 
 RF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 RF_INLINE int64_t round_up(int64_t n, int64_t grain) { return (n + grain - 1) / grain * grain; }
 
-// Few enough chunks that their partial sums stay in cache, few enough rows that float32 sums stay accurate: chunks' errors
-// average out, so few chunks must be short ones (256 rows in chunks of 64: gradients that cancel had twice eager's error).
+// Few enough chunks that their partial sums stay in cache, few enough rows that float32 sums stay accurate: chunks'
+// errors average out, so few chunks must be short ones (256 rows in chunks of 64: gradients that cancel had twice
+// eager's error).
 inline int64_t chunk_rows(int64_t rows) {
   const int64_t wanted = round_up((rows + 127) / 128, 8), shortest = least(64, round_up(rows / 24 + 1, 8));
   return wanted < shortest ? shortest : least(wanted, 512);
@@ -33,7 +34,10 @@ inline int64_t chunk_rows(int64_t rows) {
 struct Grid {
   int64_t rows, channels, step, chunks, padded;
   Grid(int64_t rows_, int64_t channels_)
-      : rows(rows_), channels(channels_), step(chunk_rows(rows_)), chunks((rows_ + step - 1) / step),
+      : rows(rows_),
+        channels(channels_),
+        step(chunk_rows(rows_)),
+        chunks((rows_ + step - 1) / step),
         padded(round_up(channels_, kMergeBlock)) {}
   int64_t chunk_size(int64_t chunk) const { return least(step, rows - chunk * step); }
 };
@@ -64,14 +68,35 @@ struct Whole {};
 struct Part {
   int n;
 };
-template <class T> RF_INLINE Vec load(const T* p, Whole) { return load(p); }
-template <class T> RF_INLINE Vec load(const T* p, Part part) { return load_n(p, part.n); }
-template <class T> RF_INLINE void store(T* p, Vec v, Whole) { store(p, v); }
-template <class T> RF_INLINE void store(T* p, Vec v, Part part) { store_n(p, v, part.n); }
+template <class T>
+RF_INLINE Vec load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+RF_INLINE Vec load(const T* p, Part part) {
+  return load_n(p, part.n);
+}
+template <class T>
+RF_INLINE void store(T* p, Vec v, Whole) {
+  store(p, v);
+}
+template <class T>
+RF_INLINE void store(T* p, Vec v, Part part) {
+  store_n(p, v, part.n);
+}
 // An output large enough to bypass the caches has whole, aligned vectors only (can_stream).
-template <bool streamed, class T, class Lanes> RF_INLINE void put(T* p, Vec v, Lanes lanes) { store(p, v, lanes); }
-template <> RF_INLINE void put<true>(float* p, Vec v, Whole) { stream(p, v); }
-template <> RF_INLINE void put<true>(bf16* p, Vec v, Whole) { stream(p, v); }
+template <bool streamed, class T, class Lanes>
+RF_INLINE void put(T* p, Vec v, Lanes lanes) {
+  store(p, v, lanes);
+}
+template <>
+RF_INLINE void put<true>(float* p, Vec v, Whole) {
+  stream(p, v);
+}
+template <>
+RF_INLINE void put<true>(bf16* p, Vec v, Whole) {
+  stream(p, v);
+}
 
 template <class Body>
 RF_INLINE void for_columns(int64_t begin, int64_t end, const Body& body) {

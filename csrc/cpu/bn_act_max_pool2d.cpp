@@ -36,8 +36,10 @@ static void forward_pixel(const PoolShape& s, const Affine& k, const T* corner, 
     for (int64_t r = taps_h.begin; r < taps_h.end; ++r) {
       for (int64_t q = taps_w.begin; q < taps_w.end; ++q) {
         const Vec v = normalise(load(corner + r * step_h + q * step_w + c, lanes), k, c);
-        if (keep_places) take(&best, &at, v, index(int(r * s.S + q)));
-        else best = max_nan(best, v);
+        if (keep_places)
+          take(&best, &at, v, index(int(r * s.S + q)));
+        else
+          best = max_nan(best, v);
       }
     }
     store(y + c, relu(best), lanes);
@@ -141,8 +143,8 @@ static void dx_tile(const BnActMaxPoolBackwardArgs& a, const Backward& b, const 
 }
 
 // Merges the chunks' sums in order, in float64, and makes dx's constants.
-static void finish_channels(const BnActMaxPoolBackwardArgs& a, const Grid& grid, const float* partials, const Backward& b,
-                            Range channels) {
+static void finish_channels(const BnActMaxPoolBackwardArgs& a, const Grid& grid, const float* partials,
+                            const Backward& b, Range channels) {
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     double sum = 0, dot = 0;
     for (int64_t chunk = 0; chunk < grid.chunks; ++chunk) {
@@ -179,14 +181,17 @@ static void backward(const BnActMaxPoolBackwardArgs& a) {
     finish_channels(a, grid, partials, b, team.share(grid.channels, kMergeBlock));
     if (!a.dx || !a.training) return;
     team.sync();
-    for_tiles(team, grid, true, [&](const Tile& t) { streamed ? dx_tile<T, true>(a, b, t) : dx_tile<T, false>(a, b, t); });
+    for_tiles(team, grid, true,
+              [&](const Tile& t) { streamed ? dx_tile<T, true>(a, b, t) : dx_tile<T, false>(a, b, t); });
   });
 }
 
 void bn_act_max_pool_forward(const BnActMaxPoolArgs& a) {
   const bool f32 = a.dtype == DType::f32;
-  if (a.places) f32 ? forward<float, true>(a) : forward<bf16, true>(a);
-  else f32 ? forward<float, false>(a) : forward<bf16, false>(a);
+  if (a.places)
+    f32 ? forward<float, true>(a) : forward<bf16, true>(a);
+  else
+    f32 ? forward<float, false>(a) : forward<bf16, false>(a);
 }
 
 void bn_act_max_pool_backward(const BnActMaxPoolBackwardArgs& a) {

@@ -10,8 +10,11 @@ constexpr int kCount = int(sizeof(kAlgorithms) / sizeof(kAlgorithms[0]));
 static int algorithms() { return kCount; }
 static const char* name(int algorithm) { return kAlgorithms[algorithm]->name; }
 static const char* why_not(const ConvShape& s, DType t, int algorithm) { return kAlgorithms[algorithm]->why_not(s, t); }
-static size_t packed_bytes(const ConvShape& s, DType t, int algorithm) { return kAlgorithms[algorithm]->packed_bytes(s, t); }
-static void pack(const ConvShape& s, DType t, int algorithm, void* packed, const float* w, const float* fold, int threads) {
+static size_t packed_bytes(const ConvShape& s, DType t, int algorithm) {
+  return kAlgorithms[algorithm]->packed_bytes(s, t);
+}
+static void pack(const ConvShape& s, DType t, int algorithm, void* packed, const float* w, const float* fold,
+                 int threads) {
   kAlgorithms[algorithm]->pack(s, t, packed, w, fold, threads);
 }
 static size_t scratch_bytes(const ConvShape& s, DType t, const ConvConfig& c, int threads) {
@@ -31,15 +34,17 @@ enum { kDirectIndex, kWinograd4Index, kWinograd4x2Index, kWinograd2Index, kGroup
 // 14x14x256 it took 0.67 of the time, at 28x28x128 (weights 2.6 times the input) 1.4 of it.
 static bool weights_rule(const ConvShape& s, DType t, int algorithm, int threads) {
   if (s.groups != 1 || algorithm > kWinograd2Index || s.K < 2 * kPanel * threads) return false;
-  const int64_t high = algorithm == kWinograd4Index || algorithm == kWinograd4x2Index ? 4 : algorithm == kWinograd2Index ? 2 : 1;
+  const int64_t high = algorithm == kWinograd4Index || algorithm == kWinograd4x2Index ? 4
+                       : algorithm == kWinograd2Index                                 ? 2
+                                                                                      : 1;
   const int64_t wide = algorithm == kWinograd4x2Index ? 2 : high;
   const int64_t rows = s.N * ceil_div(s.P, high) * ceil_div(s.Q, wide);
   const int64_t depth = (high + s.R - 1) * (wide + s.S - 1) * s.C;  // direct: R * S * C
   return packed_bytes(s, t, algorithm) > size_t(6 * rows * depth) * dtype_size(t);
 }
 
-// Winograd wherever it can, the largest tiles but for the last stage at small batch: few tiles, and 36 or 24 weights for
-// every 9.
+// Winograd wherever it can, the largest tiles but for the last stage at small batch: few tiles, and 36 or 24 weights
+// for every 9.
 static ConvConfig heuristic(const ConvShape& s, DType t, int threads, bool exact) {
   ConvConfig c;
   if (why_not(s, t, kStemIndex) == nullptr) {
@@ -62,7 +67,8 @@ static ConvConfig heuristic(const ConvShape& s, DType t, int threads, bool exact
 }
 
 static bool same(const ConvConfig& a, const ConvConfig& b) {
-  return a.algorithm == b.algorithm && a.block_rows == b.block_rows && a.block_cols == b.block_cols && a.split_cols == b.split_cols;
+  return a.algorithm == b.algorithm && a.block_rows == b.block_rows && a.block_cols == b.block_cols &&
+         a.split_cols == b.split_cols;
 }
 
 static int candidates(const ConvShape& s, DType t, int threads, ConvConfig* out, int max) {
@@ -104,7 +110,8 @@ static int candidates(const ConvShape& s, DType t, int threads, ConvConfig* out,
 }
 
 extern const ConvKernels kConvKernels;
-const ConvKernels kConvKernels = {algorithms, name, why_not, heuristic, packed_bytes, pack, scratch_bytes, run, run_alone, candidates};
+const ConvKernels kConvKernels = {algorithms, name,          why_not, heuristic, packed_bytes,
+                                  pack,       scratch_bytes, run,     run_alone, candidates};
 
 }  // namespace RF_ISA
 }  // namespace rf

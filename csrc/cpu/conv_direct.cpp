@@ -16,7 +16,8 @@ static size_t packed_bytes(const ConvShape& s, DType t) {
   return t == DType::f32 ? direct_packed_bytes<float>(s) : direct_packed_bytes<Bf16Word>(s);
 }
 static void pack(const ConvShape& s, DType t, void* packed, const float* w, const float* fold, int threads) {
-  t == DType::f32 ? direct_pack<float>(s, packed, w, fold, threads) : direct_pack<Bf16Word>(s, packed, w, fold, threads);
+  t == DType::f32 ? direct_pack<float>(s, packed, w, fold, threads)
+                  : direct_pack<Bf16Word>(s, packed, w, fold, threads);
 }
 static size_t scratch_bytes(const ConvShape& s, DType t, const ConvConfig& c, int threads) {
   return t == DType::f32 ? direct_scratch_bytes<float>(s, c, threads) : direct_scratch_bytes<Bf16Word>(s, c, threads);

@@ -53,7 +53,8 @@ void direct_pack(const ConvShape& s, void* packed, const float* w, const float* 
         for (int64_t c = 0; c < p.channels; ++c) {
           for (int64_t t = 0; t < s.R * s.S; ++t) {
             const int64_t d = t * p.channels + c;
-            from_float(filter[c * s.R * s.S + t] * factor, out + (d / kElements * kPanel + j) * kElements + d % kElements);
+            from_float(filter[c * s.R * s.S + t] * factor,
+                       out + (d / kElements * kPanel + j) * kElements + d % kElements);
           }
         }
       }
@@ -127,7 +128,8 @@ struct TileRead {
 
 // Whole chunks of channels: tap by tap, every store next to the last.
 template <class T, class Word>
-void gather_chunks(const ConvShape& s, int64_t channels, const TileRead<T>& from, int64_t height, typename WordOf<Word>::Element* to) {
+void gather_chunks(const ConvShape& s, int64_t channels, const TileRead<T>& from, int64_t height,
+                   typename WordOf<Word>::Element* to) {
   constexpr int kWide = kChunk<Word>;
   for (int64_t dr = 0; dr < s.R; ++dr) {
     for (int64_t ds = 0; ds < s.S; ++ds) {
@@ -152,7 +154,8 @@ void gather_chunks(const ConvShape& s, int64_t channels, const TileRead<T>& from
 
 // Any number of channels: pixel by pixel, a row of the filter as one run where it is one in memory.
 template <class T, class Word>
-void gather_runs(const ConvShape& s, int64_t channels, const TileRead<T>& from, int64_t height, typename WordOf<Word>::Element* to) {
+void gather_runs(const ConvShape& s, int64_t channels, const TileRead<T>& from, int64_t height,
+                 typename WordOf<Word>::Element* to) {
   const bool runs = s.dilation_w == 1 && s.groups == 1;
   for (int64_t r = 0; r < height; ++r) {
     RowWriter<T, Word> row(to + r * kChunk<Word>, height * kChunk<Word>);
@@ -183,7 +186,8 @@ void gather_runs(const ConvShape& s, int64_t channels, const TileRead<T>& from, 
 
 // Gathers rows [begin, end) of the implicit matrix for one group into packed tiles.
 template <class T, class Word>
-void direct_gather(const ConvShape& s, const DirectPlan& p, const T* x, int64_t group, int64_t begin, int64_t end, Word* block) {
+void direct_gather(const ConvShape& s, const DirectPlan& p, const T* x, int64_t group, int64_t begin, int64_t end,
+                   Word* block) {
   using Element = typename WordOf<Word>::Element;
   const TileRows tiles(end - begin);
   const auto gather = p.channels % kChunk<Word> == 0 ? gather_chunks<T, Word> : gather_runs<T, Word>;
@@ -206,8 +210,8 @@ void direct_gather(const ConvShape& s, const DirectPlan& p, const T* x, int64_t 
 }
 
 // What the next block will touch, in the order it will: its input, then what its tiles write and add. A piece of it is
-// fetched with every tile, line after line: a tile's own rows lie a row of y apart, no two lines together, and waiting for
-// them took a third of 64->256 at 56x56.
+// fetched with every tile, line after line: a tile's own rows lie a row of y apart, no two lines together, and waiting
+// for them took a third of 64->256 at 56x56.
 class Upcoming {
  public:
   template <class T>
@@ -235,7 +239,8 @@ class Upcoming {
   int64_t bytes_ = 0, piece_ = 0;
 };
 
-// Rows [begin, end) as the next block: the input that they are the first to read is what lies under their filter's last row.
+// Rows [begin, end) as the next block: the input that they are the first to read is what lies under their filter's last
+// row.
 template <class T>
 Upcoming direct_upcoming(const ConvArgs& a, int64_t begin, int64_t end) {
   Upcoming up;
@@ -254,14 +259,16 @@ Upcoming direct_upcoming(const ConvArgs& a, int64_t begin, int64_t end) {
 
 // Panels [from, to) of one group over the gathered rows.
 template <class T, class Word>
-void direct_multiply(const ConvArgs& a, const DirectPlan& p, int64_t group, int64_t begin, int64_t end, int64_t from, int64_t to, const Word* block, Upcoming& up) {
+void direct_multiply(const ConvArgs& a, const DirectPlan& p, int64_t group, int64_t begin, int64_t end, int64_t from,
+                     int64_t to, const Word* block, Upcoming& up) {
   const TileRows tiles(end - begin);
   const ConvShape& s = a.shape;
   Ahead ahead;
   ahead.weights_step = Ahead::step(p.words * kPanel * int64_t(sizeof(Word)), tiles.tiles * p.words);
   for (int64_t panel = from; panel < to; ++panel) {
     const Word* weights = static_cast<const Word*>(a.packed) + (group * p.panels + panel) * p.words * kPanel;
-    ahead.weights = reinterpret_cast<const char*>(weights + (panel + 1 < to ? p.words * kPanel : (from - panel) * p.words * kPanel));
+    ahead.weights = reinterpret_cast<const char*>(
+        weights + (panel + 1 < to ? p.words * kPanel : (from - panel) * p.words * kPanel));
     const int64_t k = group * p.cols + panel * kPanel;
     Epilogue<T> e;
     e.scale = a.scale ? a.scale + k : nullptr;
@@ -298,7 +305,8 @@ void direct_run(const ConvArgs& a, const Team& team) {
   const ConvShape& s = a.shape;
   const DirectPlan p = direct_plan<Word>(s);
   const int64_t block_rows = direct_block_rows<Word>(s, a.config, p);
-  const int64_t block_panels = a.config.block_cols > 0 ? ceil_div(int64_t(a.config.block_cols), int64_t(kPanel)) : p.panels;
+  const int64_t block_panels =
+      a.config.block_cols > 0 ? ceil_div(int64_t(a.config.block_cols), int64_t(kPanel)) : p.panels;
   const T* x = static_cast<const T*>(a.x);
   char* scratch = static_cast<char*>(a.scratch);
 
@@ -314,7 +322,8 @@ void direct_run(const ConvArgs& a, const Team& team) {
       // A thread's share of whole tiles: TileRows of a sub-range would cut elsewhere, so gather tile by tile.
       const Range part = team.share(tiles.tiles);
       for (int64_t t = part.begin; t < part.end; ++t)
-        direct_gather<T, Word>(s, p, x, 0, begin + tiles.first(t), begin + tiles.first(t + 1), block + tiles.first(t) * p.words);
+        direct_gather<T, Word>(s, p, x, 0, begin + tiles.first(t), begin + tiles.first(t + 1),
+                               block + tiles.first(t) * p.words);
       team.sync();
       Upcoming none;  // a thread touches its own columns of y only
       direct_multiply<T, Word>(a, p, 0, begin, end, mine.begin, mine.end, block, none);

@@ -1,9 +1,9 @@
-// Packs float32 filters of any strides for "direct" and the Winograd algorithms: what a training step does to weights that
-// change every step, forward, and (K and C exchanged, R and S strides negative) for the data gradient.
-// Bytes: the filters once, the packed ones once: 1 float for 1 (direct), 36, 24 or 16 for 9 (Winograd).
-// The idea: kPanel output channels are a vector and 16 input channels a block, so that reading, G g G^T and writing
-// all run over vectors; conv_pack's one filter at a time takes 15 ms for 512 x 512 x 3 x 3, more than the convolution.
-// The transform stays in double and in conv_pack's order: the same bits. Words of two bf16 take channels two by two.
+// Packs float32 filters of any strides for "direct" and the Winograd algorithms: what a training step does to weights
+// that change every step, forward, and (K and C exchanged, R and S strides negative) for the data gradient. Bytes: the
+// filters once, the packed ones once: 1 float for 1 (direct), 36, 24 or 16 for 9 (Winograd). The idea: kPanel output
+// channels are a vector and 16 input channels a block, so that reading, G g G^T and writing all run over vectors;
+// conv_pack's one filter at a time takes 15 ms for 512 x 512 x 3 x 3, more than the convolution. The transform stays in
+// double and in conv_pack's order: the same bits. Words of two bf16 take channels two by two.
 #include "conv_pack_strided.h"
 
 #include "conv_direct.h"
@@ -32,7 +32,8 @@ void pack_direct(const PackStridedArgs& a, const Team& team) {
           const int depth = int(smaller(int64_t(kDepth), s.C - c));
           Source{a}.read(panel, c, depth, r, t, lines);
           Word* to = out + ((r * s.S + t) * s.C + c) / kElements * kPanel;
-          for (int i = 0; i < depth; i += kElements) put_line(to + i / kElements * kPanel, lines + i * kPanel, lines + (i + kElements - 1) * kPanel, false);
+          for (int i = 0; i < depth; i += kElements)
+            put_line(to + i / kElements * kPanel, lines + i * kPanel, lines + (i + kElements - 1) * kPanel, false);
         }
     const int64_t used = p.depth / kElements;
     std::memset(static_cast<void*>(out + used * kPanel), 0, size_t((p.words - used) * kPanel) * sizeof(Word));
@@ -47,7 +48,8 @@ void pack_winograd(const PackStridedArgs& a, const Team& team) {
   const bool streamed = p.weight_bytes() >= kStreamBytes && reinterpret_cast<uintptr_t>(a.packed) % 64 == 0;
   const Range panels = team.share(p.panels);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-    pack_winograd_panel<M, L, Word>(a, g, p.words, panel, static_cast<Word*>(a.packed) + panel * p.words * kPanel, p.panels * p.words * kPanel, streamed);
+    pack_winograd_panel<M, L, Word>(a, g, p.words, panel, static_cast<Word*>(a.packed) + panel * p.words * kPanel,
+                                    p.panels * p.words * kPanel, streamed);
   if (streamed) stream_fence();
 }
 
@@ -55,7 +57,8 @@ void pack_winograd(const PackStridedArgs& a, const Team& team) {
 
 const char* pack_strided_why_not(const ConvShape& s, DType t, int algorithm) {
   if (s.groups != 1) return "filters of any strides are packed for groups = 1 only";
-  if (t == DType::bf16 && s.C % WordOf<Bf16Word>::kElements) return "filters of any strides are packed for an even number of input channels in bfloat16";
+  if (t == DType::bf16 && s.C % WordOf<Bf16Word>::kElements)
+    return "filters of any strides are packed for an even number of input channels in bfloat16";
   if (const char* why = kConvKernels.why_not(s, t, algorithm)) return why;
   const char* name = kConvKernels.name(algorithm);
   const bool known = std::strcmp(name, "direct") == 0 || std::strncmp(name, "winograd", 8) == 0;
@@ -66,10 +69,14 @@ template <class Word>
 static void pack_words(const PackStridedArgs& a) {
   const char* name = kConvKernels.name(a.algorithm);
   parallel(a.threads, [&](const Team& team) {
-    if (std::strcmp(name, "winograd4") == 0) pack_winograd<4, 4, Word>(a, team);
-    else if (std::strcmp(name, "winograd2") == 0) pack_winograd<2, 2, Word>(a, team);
-    else if (std::strcmp(name, "winograd4x2") == 0) pack_winograd<4, 2, Word>(a, team);
-    else pack_direct<Word>(a, team);
+    if (std::strcmp(name, "winograd4") == 0)
+      pack_winograd<4, 4, Word>(a, team);
+    else if (std::strcmp(name, "winograd2") == 0)
+      pack_winograd<2, 2, Word>(a, team);
+    else if (std::strcmp(name, "winograd4x2") == 0)
+      pack_winograd<4, 2, Word>(a, team);
+    else
+      pack_direct<Word>(a, team);
   });
 }
 

@@ -1,6 +1,7 @@
-// Filters of any strides, packed panel by panel: what conv_pack_strided.cpp packs whole and conv_streamed.cpp a panel at a
-// time. kPanel output channels are a vector and 16 input channels a block, so that reading, G g G^T and writing all run over
-// vectors. The transform stays in double and in conv_pack's order: the same bits. Words of two bf16 take channels two by two.
+// Filters of any strides, packed panel by panel: what conv_pack_strided.cpp packs whole and conv_streamed.cpp a panel
+// at a time. kPanel output channels are a vector and 16 input channels a block, so that reading, G g G^T and writing
+// all run over vectors. The transform stays in double and in conv_pack's order: the same bits. Words of two bf16 take
+// channels two by two.
 #pragma once
 #include "../conv_backward.h"
 #include "winograd_run.h"
@@ -12,7 +13,7 @@ const char* pack_strided_why_not(const ConvShape&, DType, int algorithm);
 
 namespace {  // each translation unit its own: nothing here is large
 
-constexpr int kDepth = 16;                 // input channels of a block: a line of channels_last filters
+constexpr int kDepth = 16;  // input channels of a block: a line of channels_last filters
 
 // Filters [panel * kPanel, + cols) by channels [c0, + depth) of tap (r, s) as [channel][kPanel], zeros beyond cols.
 struct Source {
@@ -41,7 +42,8 @@ RF_INLINE void put_line(float* out, const float* line, const float*, bool stream
 #if defined(__AVX512BF16__)
 RF_INLINE void put_line(Pair* out, const float* low, const float* high, bool streamed) {
   for (int j = 0; j < kPanel; j += kLanes) {
-    const __m512i a = _mm512_cvtepu16_epi32(narrow(load(low + j).v)), b = _mm512_cvtepu16_epi32(narrow(load(high + j).v));
+    const __m512i a = _mm512_cvtepu16_epi32(narrow(load(low + j).v)),
+                  b = _mm512_cvtepu16_epi32(narrow(load(high + j).v));
     const __m512i word = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
     streamed ? _mm512_stream_si512(reinterpret_cast<__m512i*>(out + j), word) : _mm512_storeu_si512(out + j, word);
   }
@@ -50,7 +52,8 @@ RF_INLINE void put_line(Pair* out, const float* low, const float* high, bool str
 
 // One panel's points, `point` words apart from `out` on. `streamed`: past the caches.
 template <int M, int L, class Word>
-void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<M, L>& g, int64_t words, int64_t panel, Word* panel_out, int64_t point, bool streamed) {
+void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<M, L>& g, int64_t words, int64_t panel,
+                         Word* panel_out, int64_t point, bool streamed) {
   constexpr int kH = M + 2, kW = L + 2, kElements = WordOf<Word>::kElements;
   const ConvShape& s = a.shape;
   alignas(64) float taps[9][kDepth * kPanel];
@@ -67,14 +70,18 @@ void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<M, L>& g
       for (int e = 0; e < kElements; ++e)
         for (int i = 0; i < kH; ++i)
           for (int x = 0; x < 3; ++x) {
-            const float *f0 = taps[x] + (c + e) * kPanel, *f1 = taps[3 + x] + (c + e) * kPanel, *f2 = taps[6 + x] + (c + e) * kPanel;
-            for (int j = 0; j < kPanel; ++j) half[e][i][x][j] = g.h[i][0] * f0[j] + g.h[i][1] * f1[j] + g.h[i][2] * f2[j];
+            const float *f0 = taps[x] + (c + e) * kPanel, *f1 = taps[3 + x] + (c + e) * kPanel,
+                        *f2 = taps[6 + x] + (c + e) * kPanel;
+            for (int j = 0; j < kPanel; ++j)
+              half[e][i][x][j] = g.h[i][0] * f0[j] + g.h[i][1] * f1[j] + g.h[i][2] * f2[j];
           }
       for (int i = 0; i < kH; ++i)
         for (int l = 0; l < kW; ++l) {
           alignas(64) float line[kElements][kPanel];
           for (int e = 0; e < kElements; ++e)
-            for (int j = 0; j < kPanel; ++j) line[e][j] = float(half[e][i][0][j] * g.w[l][0] + half[e][i][1][j] * g.w[l][1] + half[e][i][2][j] * g.w[l][2]);
+            for (int j = 0; j < kPanel; ++j)
+              line[e][j] =
+                  float(half[e][i][0][j] * g.w[l][0] + half[e][i][1][j] * g.w[l][1] + half[e][i][2][j] * g.w[l][2]);
           put_line(out + (i * kW + l) * point, line[0], line[kElements - 1], streamed);
         }
     }

@@ -67,7 +67,9 @@ void pack_words(const ConvShape& s, void* packed, const float* w, const float* f
   }
 }
 
-size_t packed_bytes(const ConvShape& s, DType t) { return t == DType::f32 ? packed_size<float>(s) : packed_size<Bf16Word>(s); }
+size_t packed_bytes(const ConvShape& s, DType t) {
+  return t == DType::f32 ? packed_size<float>(s) : packed_size<Bf16Word>(s);
+}
 
 void pack(const ConvShape& s, DType t, void* packed, const float* w, const float* fold, int) {
   t == DType::f32 ? pack_words<float>(s, packed, w, fold) : pack_words<Bf16Word>(s, packed, w, fold);
@@ -92,7 +94,8 @@ RF_INLINE PairVec spread_first(const bf16* p) { return {(__m512bh)_mm512_set1_ep
 
 // kRows neighbouring outputs, kStep elements apart in the row buffer; row_step elements between filter rows.
 template <class Word, int kRows, int kStep>
-void sum_row(const typename WordOf<Word>::Element* x, int64_t row_step, int64_t rows, int64_t run, const Word* w, float* sums) {
+void sum_row(const typename WordOf<Word>::Element* x, int64_t row_step, int64_t rows, int64_t run, const Word* w,
+             float* sums) {
   constexpr int kElements = WordOf<Word>::kElements;
   Vec acc[kRows][2];
   RF_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = zero();
@@ -197,7 +200,8 @@ class Run {
         const int64_t q = smaller(done, s_.Q - width);
         alignas(64) float sums[kTileRows * kPanel];
         sum(row + q * s_.stride_w * kChannels, s_.dilation_h * p_.row_elements, s_.R, s_.S * kChannels, w, sums);
-        finish_pixels(sums + (done - q) * kPanel, q + width - done, ((n * s_.P + p) * s_.Q + done) * s_.K, panel * kPanel);
+        finish_pixels(sums + (done - q) * kPanel, q + width - done, ((n * s_.P + p) * s_.Q + done) * s_.K,
+                      panel * kPanel);
         done = q + width;
       }
     }

@@ -1,8 +1,8 @@
-// Winograd with filters that change every step and outweigh their tiles (7x7x512 at batch 16: 37.7 MB for 64 tiles): all tiles
-// are transformed once, then every thread packs a panel of its own and multiplies all tiles by it at once.
-// Bytes: the filters once from memory; the packed ones, 4 times as many, never leave the caches (packing them whole first:
-// written and read again, 75 MB of memory traffic a layer), and the transformed tiles are read from L3 once a panel.
-// The same arithmetic in the same order as packing whole: the same bits.
+// Winograd with filters that change every step and outweigh their tiles (7x7x512 at batch 16: 37.7 MB for 64 tiles):
+// all tiles are transformed once, then every thread packs a panel of its own and multiplies all tiles by it at once.
+// Bytes: the filters once from memory; the packed ones, 4 times as many, never leave the caches (packing them whole
+// first: written and read again, 75 MB of memory traffic a layer), and the transformed tiles are read from L3 once a
+// panel. The same arithmetic in the same order as packing whole: the same bits.
 #include "conv_pack_strided.h"
 #include "winograd_run.h"
 
@@ -62,16 +62,22 @@ size_t streamed_scratch_bytes(const ConvShape& s, DType t, int algorithm, int th
   if (pack_strided_why_not(s, t, algorithm)) return 0;
   if (is(algorithm, "winograd4")) return Streamed<4, 4, float>(s).scratch_bytes(threads);
   if (is(algorithm, "winograd4x2")) return Streamed<4, 2, Bf16Word>(s).scratch_bytes(threads);
-  if (is(algorithm, "winograd2")) return t == DType::f32 ? Streamed<2, 2, float>(s).scratch_bytes(threads) : Streamed<2, 2, Bf16Word>(s).scratch_bytes(threads);
+  if (is(algorithm, "winograd2"))
+    return t == DType::f32 ? Streamed<2, 2, float>(s).scratch_bytes(threads)
+                           : Streamed<2, 2, Bf16Word>(s).scratch_bytes(threads);
   return 0;
 }
 
 // filters: as for pack_strided, `packed` unused; a.scratch: streamed_scratch_bytes() of it.
 void run_streamed(const ConvArgs& a, const PackStridedArgs& filters) {
-  if (is(filters.algorithm, "winograd4")) run<4, 4, float, float>(a, filters, filters.threads);
-  else if (is(filters.algorithm, "winograd4x2")) run<4, 2, bf16, Bf16Word>(a, filters, filters.threads);
-  else if (a.dtype == DType::f32) run<2, 2, float, float>(a, filters, filters.threads);
-  else run<2, 2, bf16, Bf16Word>(a, filters, filters.threads);
+  if (is(filters.algorithm, "winograd4"))
+    run<4, 4, float, float>(a, filters, filters.threads);
+  else if (is(filters.algorithm, "winograd4x2"))
+    run<4, 2, bf16, Bf16Word>(a, filters, filters.threads);
+  else if (a.dtype == DType::f32)
+    run<2, 2, float, float>(a, filters, filters.threads);
+  else
+    run<2, 2, bf16, Bf16Word>(a, filters, filters.threads);
 }
 
 }  // namespace RF_ISA

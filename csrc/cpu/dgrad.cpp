@@ -5,7 +5,6 @@
 // Blocks of pixels are gathered into gemm.h's tiles as conv_direct does; a tile's sums go to dx pixel by pixel,
 // because neighbours of a class lie `stride` apart. Stride 1 is one class; Winograd on flipped filters beats it at 3x3.
 #include "../conv_backward.h"
-
 #include "conv_direct.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -59,7 +58,8 @@ RF_INLINE void put_words(float* to, const float* w, int64_t) {
 #if defined(__AVX512BF16__)
 RF_INLINE void put_words(Pair* to, const float* w, int64_t next) {
   for (int c = 0; c < kPanel; c += kLanes) {
-    const __m512i low = _mm512_cvtepu16_epi32(narrow(load(w + c).v)), high = _mm512_cvtepu16_epi32(narrow(load(w + next + c).v));
+    const __m512i low = _mm512_cvtepu16_epi32(narrow(load(w + c).v)),
+                  high = _mm512_cvtepu16_epi32(narrow(load(w + next + c).v));
     _mm512_storeu_si512(to + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 }
@@ -75,7 +75,8 @@ void pack_panel(const DgradArgs& a, const Class<Word>& k, int64_t panel, Word* p
   const int cols = int(smaller(int64_t(kPanel), s.C - c0));
   Element* out = reinterpret_cast<Element*>(packed + panel * k.words * kPanel);
   const int64_t depth = int64_t(k.h.taps * k.w.taps) * s.K;
-  std::memset(out + depth / kElements * kPanel * kElements, 0, size_t(k.words * kElements - depth / kElements * kElements) * kPanel * sizeof(Element));
+  std::memset(out + depth / kElements * kPanel * kElements, 0,
+              size_t(k.words * kElements - depth / kElements * kElements) * kPanel * sizeof(Element));
   if (cols < kPanel) std::memset(out, 0, size_t(k.words) * kPanel * kElements * sizeof(Element));
   int64_t d = 0;
   for (int i = 0; i < k.h.taps; ++i) {
@@ -114,13 +115,16 @@ void gather_tile(const ConvShape& s, const Class<Word>& k, const T* dy, int64_t 
   using Element = typename WordOf<Word>::Element;
   Pixel at(k, begin);
   for (int64_t row = begin; row < end; ++row, at.next()) {
-    RowWriter<T, Word> writer(reinterpret_cast<Element*>(tile) + (row - begin) * kChunk<Word>, (end - begin) * kChunk<Word>);
+    RowWriter<T, Word> writer(reinterpret_cast<Element*>(tile) + (row - begin) * kChunk<Word>,
+                              (end - begin) * kChunk<Word>);
     for (int i = 0; i < k.h.taps; ++i) {
       const int64_t p = at.i + k.h.offset[i];
       for (int j = 0; j < k.w.taps; ++j) {
         const int64_t q = at.j + k.w.offset[j];
-        if (p < 0 || p >= s.P || q < 0 || q >= s.Q) writer.zeros(s.K);
-        else writer.copy(dy + ((at.n * s.P + p) * s.Q + q) * s.K, s.K);
+        if (p < 0 || p >= s.P || q < 0 || q >= s.Q)
+          writer.zeros(s.K);
+        else
+          writer.copy(dy + ((at.n * s.P + p) * s.Q + q) * s.K, s.K);
       }
     }
     writer.finish();
@@ -129,21 +133,25 @@ void gather_tile(const ConvShape& s, const Class<Word>& k, const T* dy, int64_t 
 
 // Sums, rows kPanel apart (null: zeros), to their pixels of dx.
 template <class T, class Word>
-void scatter_tile(const ConvShape& s, const Class<Word>& k, T* dx, int64_t begin, int64_t end, int64_t c0, int64_t c1, const float* sums) {
+void scatter_tile(const ConvShape& s, const Class<Word>& k, T* dx, int64_t begin, int64_t end, int64_t c0, int64_t c1,
+                  const float* sums) {
   Pixel at(k, begin);
   for (int64_t row = begin; row < end; ++row, at.next()) {
     T* out = dx + ((at.n * s.H + k.h0 + at.i * s.stride_h) * s.W + k.w0 + at.j * s.stride_w) * s.C;
     const float* in = sums ? sums + (row - begin) * kPanel : nullptr;
     for (int64_t c = c0; c < c1; c += kLanes) {
       const Vec v = in ? load(in + (c - c0)) : zero();
-      if (c + kLanes <= c1) store(out + c, v);
-      else store_n(out + c, v, int(c1 - c));
+      if (c + kLanes <= c1)
+        store(out + c, v);
+      else
+        store_n(out + c, v, int(c1 - c));
     }
   }
 }
 
 template <class T, class Word>
-void run_class(const DgradArgs& a, const Class<Word>& k, const Team& team, Word* packed, Word* block, int64_t block_rows) {
+void run_class(const DgradArgs& a, const Class<Word>& k, const Team& team, Word* packed, Word* block,
+               int64_t block_rows) {
   if (k.rows == 0) return;  // fewer rows or columns than the stride: no input pixel is in this class
   const ConvShape& s = a.shape;
   const T* dy = static_cast<const T*>(a.dy);
@@ -171,7 +179,8 @@ void run_class(const DgradArgs& a, const Class<Word>& k, const Team& team, Word*
       ahead.weights = reinterpret_cast<const char*>(packed + (panel + 1) % panels * k.words * kPanel);
       for (int64_t t = 0; t < tiles.tiles; ++t) {
         const int64_t first = tiles.first(t), last = tiles.first(t + 1);
-        kSumTiles<Word>.at[last - first](block + first * k.words, packed + panel * k.words * kPanel, k.chunks, sums, ahead);
+        kSumTiles<Word>.at[last - first](block + first * k.words, packed + panel * k.words * kPanel, k.chunks, sums,
+                                         ahead);
         scatter_tile(s, k, dx, begin + first, begin + last, c0, c1, sums);
       }
     }
@@ -195,7 +204,8 @@ void dgrad_any(const DgradArgs& a) {
     Word* packed = reinterpret_cast<Word*>(buffer);
     Word* block = reinterpret_cast<Word*>(buffer + packed_floats + team.rank * block_floats);
     for (int64_t h = 0; h < s.stride_h; ++h)
-      for (int64_t w = 0; w < s.stride_w; ++w) run_class<T, Word>(a, Class<Word>(s, h, w), team, packed, block, most_rows);
+      for (int64_t w = 0; w < s.stride_w; ++w)
+        run_class<T, Word>(a, Class<Word>(s, h, w), team, packed, block, most_rows);
   });
 }
 
@@ -207,9 +217,7 @@ const char* dgrad_why_not(const ConvShape& s, DType) {
   return nullptr;
 }
 
-void dgrad(const DgradArgs& a) {
-  a.dtype == DType::f32 ? dgrad_any<float, float>(a) : dgrad_any<bf16, Bf16Word>(a);
-}
+void dgrad(const DgradArgs& a) { a.dtype == DType::f32 ? dgrad_any<float, float>(a) : dgrad_any<bf16, Bf16Word>(a); }
 
 }  // namespace RF_ISA
 }  // namespace rf

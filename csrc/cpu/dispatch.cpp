@@ -7,15 +7,23 @@
 
 namespace rf {
 
-namespace baseline { extern const Kernels kKernels; }
+namespace baseline {
+extern const Kernels kKernels;
+}
 #ifdef RF_HAVE_AVX2
-namespace avx2 { extern const Kernels kKernels; }
+namespace avx2 {
+extern const Kernels kKernels;
+}
 #endif
 #ifdef RF_HAVE_AVX512
-namespace avx512 { extern const Kernels kKernels; }
+namespace avx512 {
+extern const Kernels kKernels;
+}
 #endif
 #ifdef RF_HAVE_AVX512_BF16
-namespace avx512_bf16 { extern const Kernels kKernels; }
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
 #endif
 
 namespace {
@@ -38,14 +46,13 @@ const Isa& choose() {
 #endif
 #ifdef RF_HAVE_AVX512
       {"avx512", &avx512::kKernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl")},
 #endif
 #ifdef RF_HAVE_AVX512_BF16
       {"avx512_bf16", &avx512_bf16::kKernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bf16")},
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16")},
 #endif
   };
   const char* wanted = std::getenv("RESNET_FAST_ISA");

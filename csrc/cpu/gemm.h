@@ -3,8 +3,8 @@
 // 2 * rows * panel * depth flops; a step of depth reads one word a row (broadcast) and two vectors of weights,
 // so 14 x 2 needs 16 loads for 28 multiply-adds.
 // Both operands are packed: rows as [chunk][row][kLanes words], weights as [word][kPanel], so that every
-// address is one pointer plus a constant. Walking NHWC rows in place was tried: rows a power of two apart share L1 sets.
-// A word is a float, or a pair of bf16 that vdpbf16ps multiplies at once.
+// address is one pointer plus a constant. Walking NHWC rows in place was tried: rows a power of two apart share L1
+// sets. A word is a float, or a pair of bf16 that vdpbf16ps multiplies at once.
 #pragma once
 #include <utility>
 
@@ -19,16 +19,25 @@ constexpr int kTileRows = 14;  // 28 accumulators of 32 registers
 #else
 constexpr int kTileRows = 6;  // 12 of 16
 #endif
-constexpr int kChain = 128 / kLanes;  // chunks summed in registers before they join the total: one long chain rounds too often
+constexpr int kChain =
+    128 / kLanes;  // chunks summed in registers before they join the total: one long chain rounds too often
 
 template <class I>
-RF_INLINE I ceil_div(I a, I b) { return (a + b - 1) / b; }
+RF_INLINE I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
 template <class I>
-RF_INLINE I round_up(I a, I b) { return ceil_div(a, b) * b; }
+RF_INLINE I round_up(I a, I b) {
+  return ceil_div(a, b) * b;
+}
 template <class I>
-RF_INLINE I smaller(I a, I b) { return a < b ? a : b; }
+RF_INLINE I smaller(I a, I b) {
+  return a < b ? a : b;
+}
 template <class I>
-RF_INLINE I larger(I a, I b) { return a > b ? a : b; }
+RF_INLINE I larger(I a, I b) {
+  return a > b ? a : b;
+}
 
 struct Pair {
   bf16 low, high;
@@ -68,9 +77,10 @@ using Bf16Word = float;  // bf16 tensors are widened when they are packed
 #endif
 
 // What a tile brings into L2 while it multiplies, two streams, so many bytes a word of depth: the weights of the panel
-// after this one, and what the block after this one reads and writes. A panel is multiplied by every tile of a block, so its
-// successor arrives spread over all of them: memory works while the tiles compute from L2. Fetching 4 KB ahead leaves
-// memory idle from the second tile on: 7x7x512 at batch 1 then took 1.25 times as long, resnet18 1.05 to 1.1 times.
+// after this one, and what the block after this one reads and writes. A panel is multiplied by every tile of a block,
+// so its successor arrives spread over all of them: memory works while the tiles compute from L2. Fetching 4 KB ahead
+// leaves memory idle from the second tile on: 7x7x512 at batch 1 then took 1.25 times as long, resnet18 1.05 to 1.1
+// times.
 struct Ahead {
   const char* weights = nullptr;
   const char* data = nullptr;
@@ -198,8 +208,8 @@ void conv_tile(const Word* a, const Word* b, int64_t chunks, const Epilogue<T>& 
     T* y = e.y + n * kLanes;
     if (e.residual) {
       const T* residual = e.residual + n * kLanes;
-      RF_UNROLL for (int r = 0; r < kRows; ++r)
-        acc[r][n] = fma(acc[r][n], scale, shift) + load(residual + r * e.stride);
+      RF_UNROLL for (int r = 0; r < kRows; ++r) acc[r][n] =
+          fma(acc[r][n], scale, shift) + load(residual + r * e.stride);
     } else {
       RF_UNROLL for (int r = 0; r < kRows; ++r) acc[r][n] = fma(acc[r][n], scale, shift);
     }
@@ -263,7 +273,9 @@ struct Blocks {
 };
 
 // Shares of a team are whole tiles where there are many, even where a tile more or less would unbalance it.
-RF_INLINE int64_t share_grain(int64_t rows, int threads) { return rows >= int64_t(6) * kTileRows * threads ? kTileRows : 1; }
+RF_INLINE int64_t share_grain(int64_t rows, int threads) {
+  return rows >= int64_t(6) * kTileRows * threads ? kTileRows : 1;
+}
 
 }  // namespace RF_ISA
 }  // namespace rf

@@ -21,8 +21,10 @@ static void forward_pixel(const PoolShape& s, const T* corner, Range taps_h, Ran
       for (int64_t q = taps_w.begin; q < taps_w.end; ++q) {
         const T* p = corner + r * step_h + q * step_w + c;
         const Vec v = whole ? load(p) : load_n(p, n);
-        if (keep_index) take(&best, &at, v, index(int(r * s.S + q)));
-        else best = max_nan(best, v);
+        if (keep_index)
+          take(&best, &at, v, index(int(r * s.S + q)));
+        else
+          best = max_nan(best, v);
       }
     }
     if (whole) {
@@ -91,13 +93,13 @@ static void backward(const MaxPoolBackwardArgs& a) {
 
 void max_pool_forward(const MaxPoolArgs& a) {
   const bool f32 = a.dtype == DType::f32;
-  if (a.argmax) f32 ? forward<float, true>(a) : forward<bf16, true>(a);
-  else f32 ? forward<float, false>(a) : forward<bf16, false>(a);
+  if (a.argmax)
+    f32 ? forward<float, true>(a) : forward<bf16, true>(a);
+  else
+    f32 ? forward<float, false>(a) : forward<bf16, false>(a);
 }
 
-void max_pool_backward(const MaxPoolBackwardArgs& a) {
-  a.dtype == DType::f32 ? backward<float>(a) : backward<bf16>(a);
-}
+void max_pool_backward(const MaxPoolBackwardArgs& a) { a.dtype == DType::f32 ? backward<float>(a) : backward<bf16>(a); }
 
 }  // namespace RF_ISA
 }  // namespace rf

@@ -2,7 +2,6 @@
 // and the windows over an input pixel. Channels are the vector; an index is a byte in memory, r * S + s in its window.
 #pragma once
 #include "../max_pool.h"
-
 #include "parallel.h"
 #include "simd.h"
 
@@ -25,7 +24,8 @@ RF_INLINE void take(Vec* best, Index* at, Vec v, Index i) {
 }
 // kNoPlace where the maximum is not above 0: no gradient passes the ReLU there (a NaN passes, as in torch).
 RF_INLINE Index where_positive(Index at, Vec best) {
-  return {_mm512_mask_mov_epi32(at.v, _mm512_cmp_ps_mask(best.v, _mm512_setzero_ps(), _CMP_LE_OQ), _mm512_set1_epi32(kNoPlace))};
+  return {_mm512_mask_mov_epi32(at.v, _mm512_cmp_ps_mask(best.v, _mm512_setzero_ps(), _CMP_LE_OQ),
+                                _mm512_set1_epi32(kNoPlace))};
 }
 RF_INLINE void store(uint8_t* p, Index i) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(i.v)); }
 RF_INLINE void store_n(uint8_t* p, Index i, int n) { _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(i.v)); }
@@ -35,7 +35,8 @@ RF_INLINE Vec add_where(Vec sum, Vec dy, const uint8_t* argmax, int i) {
   return {_mm512_mask_add_ps(sum.v, hit, sum.v, dy.v)};
 }
 RF_INLINE Vec add_where_n(Vec sum, Vec dy, const uint8_t* argmax, int i, int n) {
-  const __mmask16 hit = _mm_mask_cmpeq_epi8_mask(first(n), _mm_maskz_loadu_epi8(first(n), argmax), _mm_set1_epi8(char(i)));
+  const __mmask16 hit =
+      _mm_mask_cmpeq_epi8_mask(first(n), _mm_maskz_loadu_epi8(first(n), argmax), _mm_set1_epi8(char(i)));
   return {_mm512_mask_add_ps(sum.v, hit, sum.v, dy.v)};
 }
 #else

@@ -126,10 +126,14 @@ void sigmoid(const Step& s, char* y_bytes, const char* x_bytes, const Team& team
 template <class T>
 void run_wise(const Step& s, char* y, const char* x, const char* gate, const char* residual, const Team& team) {
   switch (s.kind) {
-    case StepKind::scale: return elementwise<Wise::scale, T>(s, y, x, gate, residual, team);
-    case StepKind::add: return elementwise<Wise::add, T>(s, y, x, gate, residual, team);
-    case StepKind::relu: return elementwise<Wise::relu, T>(s, y, x, gate, residual, team);
-    default: return sigmoid<T>(s, y, x, team);
+    case StepKind::scale:
+      return elementwise<Wise::scale, T>(s, y, x, gate, residual, team);
+    case StepKind::add:
+      return elementwise<Wise::add, T>(s, y, x, gate, residual, team);
+    case StepKind::relu:
+      return elementwise<Wise::relu, T>(s, y, x, gate, residual, team);
+    default:
+      return sigmoid<T>(s, y, x, team);
   }
 }
 
@@ -148,7 +152,8 @@ void conv_max_pool(const Step& s, char* y, const char* x, char* scratch, const T
   const ConvShape& whole = s.conv.shape;
   const PoolArgs& pool = s.pool;
   const int64_t size = int64_t(dtype_size(s.dtype));
-  const int64_t in_row = whole.W * whole.C * size, mid_row = whole.Q * whole.K * size, out_row = pool.Q * whole.K * size;
+  const int64_t in_row = whole.W * whole.C * size, mid_row = whole.Q * whole.K * size,
+                out_row = pool.Q * whole.K * size;
   char* rows = scratch + team.rank * (s.row_bytes + s.scratch_bytes);
   const Range share = team.share(s.images * pool.P);
   Range have = {0, 0};
@@ -197,7 +202,8 @@ void run_step(const Step& s, void* const* bases, const Program& program, const T
   const char* x = at(s.x, bases);
   const char* residual = at(s.residual, bases);
   switch (s.kind) {
-    case StepKind::layout: return run_layout(s, y, bases[int(Space::input)], program, team);
+    case StepKind::layout:
+      return run_layout(s, y, bases[int(Space::input)], program, team);
     case StepKind::conv: {
       ConvArgs a = s.conv;
       a.y = y;
@@ -206,7 +212,8 @@ void run_step(const Step& s, void* const* bases, const Program& program, const T
       a.scratch = at(s.scratch, bases);
       return program.conv_run(a, team.rank, team.size, team.barrier);
     }
-    case StepKind::conv_max_pool: return conv_max_pool(s, y, x, at(s.scratch, bases), team, program.conv_run);
+    case StepKind::conv_max_pool:
+      return conv_max_pool(s, y, x, at(s.scratch, bases), team, program.conv_run);
     case StepKind::max_pool:
     case StepKind::avg_pool:
     case StepKind::global_avg_pool: {

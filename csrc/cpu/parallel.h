@@ -60,7 +60,9 @@ class Barrier {
   void sleep(int generation) {  // returns at once if the generation has moved on meanwhile
     syscall(SYS_futex, reinterpret_cast<int*>(&generation_), FUTEX_WAIT_PRIVATE, generation, nullptr, nullptr, 0);
   }
-  void wake() { syscall(SYS_futex, reinterpret_cast<int*>(&generation_), FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0); }
+  void wake() {
+    syscall(SYS_futex, reinterpret_cast<int*>(&generation_), FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+  }
 #else
   void sleep(int) { sched_yield(); }
   void wake() {}

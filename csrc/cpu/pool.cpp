@@ -39,7 +39,8 @@ struct Sum {
 
 // One output pixel; kVecs vectors of channels at a time keep as many independent chains in flight.
 template <class Fold, int kVecs, class T>
-RF_INLINE void pool_block(T* y, const T* x, int64_t row_stride, int64_t C, const Window& h, const Window& w, Vec factor) {
+RF_INLINE void pool_block(T* y, const T* x, int64_t row_stride, int64_t C, const Window& h, const Window& w,
+                          Vec factor) {
   Vec m[kVecs];
   RF_UNROLL for (int v = 0; v < kVecs; ++v) m[v] = Fold::first();
   for (int64_t r = h.begin; r < h.end; ++r) {

@@ -13,13 +13,24 @@ struct Place {
   int64_t offset = 0;  // bytes; elements in a layout step's x, whose dtype only the call knows
 };
 
-enum class StepKind : int { layout, conv, conv_max_pool, max_pool, avg_pool, global_avg_pool, scale, add, relu, sigmoid };
+enum class StepKind : int {
+  layout,
+  conv,
+  conv_max_pool,
+  max_pool,
+  avg_pool,
+  global_avg_pool,
+  scale,
+  add,
+  relu,
+  sigmoid
+};
 
 // One operator over a range of images. Pointers inside conv and pool are left null: the places say where.
 struct Step {
   StepKind kind = StepKind::conv;
-  int node = -1;      // the value it computes
-  bool sync = true;   // a barrier after it: a later step reads what it wrote, or reuses its memory
+  int node = -1;     // the value it computes
+  bool sync = true;  // a barrier after it: a later step reads what it wrote, or reuses its memory
   bool relu = false;
   DType dtype = DType::f32;
   int64_t images = 0, pixels = 0, channels = 0;  // of y, for the element-wise kinds
@@ -41,7 +52,8 @@ struct Program {
   ConvRun conv_run = nullptr;  // ConvKernels::run of the same instruction set
 };
 
-// bases[space]: where each space begins in this call. ms: milliseconds per step are added to it; null: no clock is read.
+// bases[space]: where each space begins in this call. ms: milliseconds per step are added to it; null: no clock is
+// read.
 using NetworkRun = void (*)(const Program&, void* const* bases, double* ms);
 
 }  // namespace rf

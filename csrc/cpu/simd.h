@@ -155,24 +155,32 @@ constexpr int kLanes = 4;
 struct Vec {
   float v[4];
 };
-#define RF_LANES(expr)                             \
-  Vec out;                                         \
+#define RF_LANES(expr)                                \
+  Vec out;                                            \
   for (int i = 0; i < kLanes; ++i) out.v[i] = (expr); \
   return out
 RF_INLINE Vec broadcast(float s) { RF_LANES(s); }
 RF_INLINE Vec zero() { return broadcast(0.f); }
 template <class T>
-RF_INLINE Vec load(const T* p) { RF_LANES(to_float(p[i])); }
+RF_INLINE Vec load(const T* p) {
+  RF_LANES(to_float(p[i]));
+}
 template <class T>
-RF_INLINE Vec load_n(const T* p, int n) { RF_LANES(i < n ? to_float(p[i]) : 0.f); }
+RF_INLINE Vec load_n(const T* p, int n) {
+  RF_LANES(i < n ? to_float(p[i]) : 0.f);
+}
 template <class T>
 RF_INLINE void store_n(T* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) from_float(a.v[i], p + i);
 }
 template <class T>
-RF_INLINE void store(T* p, Vec a) { store_n(p, a, kLanes); }
+RF_INLINE void store(T* p, Vec a) {
+  store_n(p, a, kLanes);
+}
 template <class T>
-RF_INLINE void stream(T* p, Vec a) { store_n(p, a, kLanes); }
+RF_INLINE void stream(T* p, Vec a) {
+  store_n(p, a, kLanes);
+}
 RF_INLINE Vec operator+(Vec a, Vec b) { RF_LANES(a.v[i] + b.v[i]); }
 RF_INLINE Vec operator-(Vec a, Vec b) { RF_LANES(a.v[i] - b.v[i]); }
 RF_INLINE Vec operator*(Vec a, Vec b) { RF_LANES(a.v[i] * b.v[i]); }

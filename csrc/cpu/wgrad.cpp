@@ -1,12 +1,12 @@
-// The weight gradient of any convolution on the CPU: dw[k][(r, s, c)] = sum over pixels of dy[pixel][k] x[tap of pixel][c],
-// a GEMM whose depth is the pixels. 2*N*P*Q*K*R*S*C/groups flops; x, dy read once where a block of pixels stays in cache.
-// Floats are multiplied where they lie (x where every pixel of it is one of dy's, as in a 1x1 convolution); what must be
-// gathered by taps or joined in pairs of pixels is packed by the team, a block of pixels at a time, into rows as dense as
-// a tensor's. Every thread then runs its own tiles of dw over all of the block: a tile has one owner and one order of
-// blocks, so the bits are the same for any team. While the tiles multiply they fetch the block after this one.
-// Tried and lost: packing strips of filters and panels of columns apart from each other, so that tiles read them with
-// stride 1: dozens of streams to write; 56x56, 64 to 256 took 11.3 ms in float32, of which the tiles took 7.4.
-// bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not.
+// The weight gradient of any convolution on the CPU: dw[k][(r, s, c)] = sum over pixels of dy[pixel][k] x[tap of
+// pixel][c], a GEMM whose depth is the pixels. 2*N*P*Q*K*R*S*C/groups flops; x, dy read once where a block of pixels
+// stays in cache. Floats are multiplied where they lie (x where every pixel of it is one of dy's, as in a 1x1
+// convolution); what must be gathered by taps or joined in pairs of pixels is packed by the team, a block of pixels at
+// a time, into rows as dense as a tensor's. Every thread then runs its own tiles of dw over all of the block: a tile
+// has one owner and one order of blocks, so the bits are the same for any team. While the tiles multiply they fetch the
+// block after this one. Tried and lost: packing strips of filters and panels of columns apart from each other, so that
+// tiles read them with stride 1: dozens of streams to write; 56x56, 64 to 256 took 11.3 ms in float32, of which the
+// tiles took 7.4. bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not.
 #include "../conv_backward.h"
 #include "conv_algorithms.h"
 #include "scratch.h"
@@ -64,13 +64,15 @@ RF_INLINE void put(float* out, const T* a, const T*, int n) {
 RF_INLINE void put(Pair* out, const bf16* a, const bf16* b, int n) {
   const __mmask16 mask = n >= kLanes ? __mmask16(0xffff) : first(n);
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a));
-  const __m512i high = b ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b)), 16) : _mm512_setzero_si512();
+  const __m512i high =
+      b ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b)), 16) : _mm512_setzero_si512();
   _mm512_mask_storeu_epi32(out, mask, _mm512_or_si512(low, high));
 }
 #endif
 template <class T, class Word>
 RF_INLINE void put_row(Word* out, const T* a, const T* b, int64_t n) {
-  for (int64_t c = 0; c < n; c += kLanes) put(out + c, a + c, b ? b + c : nullptr, int(smaller(n - c, int64_t(kLanes))));
+  for (int64_t c = 0; c < n; c += kLanes)
+    put(out + c, a + c, b ? b + c : nullptr, int(smaller(n - c, int64_t(kLanes))));
 }
 
 template <class T, class Word>
@@ -80,12 +82,14 @@ class WgradGemm {
   static constexpr int64_t kTile = kTileRows * kPanel;
 
  public:
-  WgradGemm(const WgradArgs& a, const Plan& p, Word* buffer, const Team& team) : a_(a), s_(a.shape), p_(p), team_(team), buffer_(buffer) {}
+  WgradGemm(const WgradArgs& a, const Plan& p, Word* buffer, const Team& team)
+      : a_(a), s_(a.shape), p_(p), team_(team), buffer_(buffer) {}
 
-  // Two buffers where there are several blocks, so that a team packs a block while its last still multiplies; the sums of
-  // all tiles, or one tile a thread where one block is all; a pixel of zeros.
+  // Two buffers where there are several blocks, so that a team packs a block while its last still multiplies; the sums
+  // of all tiles, or one tile a thread where one block is all; a pixel of zeros.
   static int64_t words(const Plan& p, int threads) {
-    return (p.blocks > 1 ? 2 : 1) * (p.dy_words() + p.x_words()) + (p.blocks > 1 ? p.tiles() : threads) * kTile + zero_words(p);
+    return (p.blocks > 1 ? 2 : 1) * (p.dy_words() + p.x_words()) + (p.blocks > 1 ? p.tiles() : threads) * kTile +
+           zero_words(p);
   }
   static int64_t zero_words(const Plan& p) { return round_up(p.s.C, int64_t(kPanel)); }
 
@@ -109,7 +113,9 @@ class WgradGemm {
       for (int64_t i = mine.begin; i < mine.end; ++i) {
         const Tile tile = tile_at(i);
         float* sum = sums + (p_.blocks > 1 ? i : team_.rank) * kTile;
-        kOuterTiles<Word>.at[p_.strips.height(tile.strip)](dy_rows(words, tile, packed), x_columns(words, tile, packed + p_.dy_words()), words.size(), p_.chain, sum, block == 0, ahead);
+        kOuterTiles<Word>.at[p_.strips.height(tile.strip)](dy_rows(words, tile, packed),
+                                                           x_columns(words, tile, packed + p_.dy_words()), words.size(),
+                                                           p_.chain, sum, block == 0, ahead);
         if (block == p_.blocks - 1) write(tile, sum);
       }
     }
@@ -144,11 +150,12 @@ class WgradGemm {
     return {from, part.size() * kElements * s_.K * int64_t(sizeof(T)), steps};
   }
   Stream x_stream(Range words, int64_t steps) const {
-    const int64_t area = s_.stride_h * s_.stride_w;  // pixels of x for one of dy
+    const int64_t area = s_.stride_h * s_.stride_w;          // pixels of x for one of dy
     if (words.size() <= 0 || area > s_.R * s_.S) return {};  // few of the bytes in between are wanted
     const Range part = p_.x_direct ? Range{0, words.size()} : team_.share(words.size());
     const Pixel at(s_, (words.begin + part.begin) * kElements);
-    const T* from = static_cast<const T*>(a_.x) + ((at.n * s_.H + at.p * s_.stride_h) * s_.W + at.q * s_.stride_w) * s_.C;
+    const T* from =
+        static_cast<const T*>(a_.x) + ((at.n * s_.H + at.p * s_.stride_h) * s_.W + at.q * s_.stride_w) * s_.C;
     return {from, part.size() * kElements * area * s_.C * int64_t(sizeof(T)), steps};
   }
 
@@ -197,21 +204,28 @@ class WgradGemm {
     }
   }
   RF_INLINE const T* tap(const Pixel& at, int64_t r, int64_t t) const {
-    const int64_t h = at.p * s_.stride_h - s_.pad_h + r * s_.dilation_h, w = at.q * s_.stride_w - s_.pad_w + t * s_.dilation_w;
-    return h >= 0 && h < s_.H && w >= 0 && w < s_.W ? static_cast<const T*>(a_.x) + ((at.n * s_.H + h) * s_.W + w) * s_.C : zeros_;
+    const int64_t h = at.p * s_.stride_h - s_.pad_h + r * s_.dilation_h,
+                  w = at.q * s_.stride_w - s_.pad_w + t * s_.dilation_w;
+    return h >= 0 && h < s_.H && w >= 0 && w < s_.W
+               ? static_cast<const T*>(a_.x) + ((at.n * s_.H + h) * s_.W + w) * s_.C
+               : zeros_;
   }
 
   // dw of one tile from its sums, [row][kPanel]: columns are (r, s, c).
   void write(const Tile& tile, const float* sums) const {
-    const int64_t k0 = tile.group * (s_.K / s_.groups) + p_.strips.first(tile.strip), rows = p_.strips.height(tile.strip);
+    const int64_t k0 = tile.group * (s_.K / s_.groups) + p_.strips.first(tile.strip),
+                  rows = p_.strips.height(tile.strip);
     const int64_t last = smaller((tile.panel + 1) * kPanel, p_.cols);
     for (int64_t k = 0; k < rows; ++k) {
       const float* in = sums + k * kPanel;
       for (int64_t col = tile.panel * kPanel; col < last;) {
         const int64_t tap = col / p_.channels, c = col % p_.channels, n = smaller(p_.channels - c, last - col);
-        float* out = a_.dw + (k0 + k) * a_.stride_k + c * a_.stride_c + tap / s_.S * a_.stride_r + tap % s_.S * a_.stride_s;
-        if (a_.stride_c == 1) std::memcpy(out, in, size_t(n) * 4);
-        else for (int64_t i = 0; i < n; ++i) out[i * a_.stride_c] = in[i];
+        float* out =
+            a_.dw + (k0 + k) * a_.stride_k + c * a_.stride_c + tap / s_.S * a_.stride_r + tap % s_.S * a_.stride_s;
+        if (a_.stride_c == 1)
+          std::memcpy(out, in, size_t(n) * 4);
+        else
+          for (int64_t i = 0; i < n; ++i) out[i * a_.stride_c] = in[i];
         in += n, col += n;
       }
     }
@@ -236,7 +250,8 @@ void wgrad_any(const WgradArgs& a) {
 }  // namespace
 
 const char* wgrad_why_not(const ConvShape& s, DType) {
-  // Grouped 3x3 of 4, 8, 16 and 32 channels a group ran at 4, 11, 26 and 79 GFLOP/s: panels of so few columns stay empty.
+  // Grouped 3x3 of 4, 8, 16 and 32 channels a group ran at 4, 11, 26 and 79 GFLOP/s: panels of so few columns stay
+  // empty.
   if (s.groups > 1 && s.C / s.groups < 16) return "groups of fewer than 16 input channels are left to torch";
   return nullptr;
 }

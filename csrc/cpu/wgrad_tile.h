@@ -25,7 +25,8 @@ struct Stream {
   int64_t step = 0;
 
   Stream() = default;
-  Stream(const void* begin, int64_t bytes, int64_t steps) : at(static_cast<const char*>(begin)), step(steps > 0 ? ceil_div(bytes, steps) : 0) {}
+  Stream(const void* begin, int64_t bytes, int64_t steps)
+      : at(static_cast<const char*>(begin)), step(steps > 0 ? ceil_div(bytes, steps) : 0) {}
   RF_INLINE void fetch() {
     __builtin_prefetch(at, 0, 2);
     at += step;
@@ -45,7 +46,8 @@ struct Operand {
 
 // sums[row][kPanel] (+)= a^T b over `depth` words; `fresh`: sums hold nothing yet.
 template <int kRows, class Word>
-void outer_tile(Operand<Word> a, Operand<Word> b, int64_t depth, int64_t chain, float* sums, bool fresh, Stream (&ahead)[2]) {
+void outer_tile(Operand<Word> a, Operand<Word> b, int64_t depth, int64_t chain, float* sums, bool fresh,
+                Stream (&ahead)[2]) {
   Stream first = ahead[0], second = ahead[1];  // in registers
   RF_UNROLL for (int r = 0; r < kRows; ++r) {  // where dw is large its sums come from L3
     __builtin_prefetch(sums + r * kPanel, 1);

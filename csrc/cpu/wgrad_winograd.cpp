@@ -1,11 +1,11 @@
 // The weight gradient of a 3x3 stride 1 convolution by Winograd's F(3x3, 4x4): per tile of 4x4 outputs
 // dw += A^T [ (G dy G^T) * (B^T x B) ] A with 36 products for 144, in float32 whatever the tensors are.
-// B is the forward's (winograd.h: points 0, +-3/4, +-3/2, infinity); A^T m A is linear, so the products are summed over all
-// tiles first (36 GEMMs of K x C, depth = tiles) and transformed once. 2*36/16*N*P*Q*K*C flops where tiles divide the image.
-// A block of tiles: the team transforms dy and x together, point by point into rows of all filters and of all channels, then
-// every thread runs its own (panel, point) GEMMs over all of it, fetching the next point and the tensors of the next block
-// meanwhile. Sums have one owner and one order of blocks: the same bits for any team.
-// bf16 tensors are widened: a bf16 F(3x3, 2x2) needs 2.25 times fewer products at twice the rate, so no less time, and
+// B is the forward's (winograd.h: points 0, +-3/4, +-3/2, infinity); A^T m A is linear, so the products are summed over
+// all tiles first (36 GEMMs of K x C, depth = tiles) and transformed once. 2*36/16*N*P*Q*K*C flops where tiles divide
+// the image. A block of tiles: the team transforms dy and x together, point by point into rows of all filters and of
+// all channels, then every thread runs its own (panel, point) GEMMs over all of it, fetching the next point and the
+// tensors of the next block meanwhile. Sums have one owner and one order of blocks: the same bits for any team. bf16
+// tensors are widened: a bf16 F(3x3, 2x2) needs 2.25 times fewer products at twice the rate, so no less time, and
 // rounds its transforms.
 #include "../conv_backward.h"
 #include "scratch.h"
@@ -103,7 +103,8 @@ class WgradWinograd {
 
   // One buffer where there is one block, else two, so that a team transforms a block while its last still multiplies.
   static int64_t floats(const Plan& p, int threads) {
-    return (p.blocks > 1 ? 2 : 1) * p.block_floats() + (whole_panels(p, threads) ? threads : p.panels) * kPoints * p.sum_point;
+    return (p.blocks > 1 ? 2 : 1) * p.block_floats() +
+           (whole_panels(p, threads) ? threads : p.panels) * kPoints * p.sum_point;
   }
   // With one block a thread turns a panel's sums into dw at once: they never leave its cache.
   static bool whole_panels(const Plan& p, int threads) { return p.blocks == 1 && p.panels >= threads; }
@@ -118,7 +119,10 @@ class WgradWinograd {
       const Range mine = team_.share(p_.panels);
       for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
         for (int64_t point = 0; point < kPoints; ++point) {
-          Stream ahead[2] = {{buffer_ + (point + 1) % kPoints * p_.dy_point, p_.dy_point * 4, p_.strips.count * p_.tiles}, {}}, none[2];
+          Stream ahead[2] = {{buffer_ + (point + 1) % kPoints * p_.dy_point, p_.dy_point * 4,
+                              p_.strips.count * p_.tiles},
+                             {}},
+                 none[2];
           multiply(buffer_, p_.tiles, panel, point, sums + point * p_.sum_point, true, ahead, none);
         }
         for (int64_t strip = 0; strip < p_.strips.count; ++strip) write(panel, strip, sums);
@@ -133,7 +137,8 @@ class WgradWinograd {
       team_.sync();  // whoever passes has left the block before: its buffer is free for the next
       const int64_t after = block + 1 < p_.blocks ? p_.tiles * (block + 2) / p_.blocks : end;
       const int64_t calls = mine.size() * p_.strips.count, steps = p_.panels * p_.strips.count * (end - begin);
-      Stream tensors[2] = {stream(a_.dy, s_.P, s_.Q, s_.K, {end, after}, calls), stream(a_.x, s_.H, s_.W, s_.C, {end, after}, calls)};
+      Stream tensors[2] = {stream(a_.dy, s_.P, s_.Q, s_.K, {end, after}, calls),
+                           stream(a_.x, s_.H, s_.W, s_.C, {end, after}, calls)};
       Stream ahead[2];
       // Panels within a point: its rows stay in L2 for all of them.
       for (int64_t i = mine.begin; i < mine.end; ++i) {
@@ -142,7 +147,8 @@ class WgradWinograd {
           ahead[0] = {at + (point + 1) * p_.dy_point, p_.dy_point * 4, steps};
           ahead[1] = {at + kPoints * p_.dy_point + (point + 1) * p_.x_point, p_.x_point * 4, steps};
         }
-        multiply(at, end - begin, panel, point, all_sums + panel * sum_floats + point * p_.sum_point, block == 0, ahead, tensors);
+        multiply(at, end - begin, panel, point, all_sums + panel * sum_floats + point * p_.sum_point, block == 0, ahead,
+                 tensors);
       }
     }
     team_.sync();
@@ -158,15 +164,18 @@ class WgradWinograd {
   };
   void locate(int64_t tile, Pixels& at) const {
     const T *x = static_cast<const T*>(a_.x), *dy = static_cast<const T*>(a_.dy);
-    const int64_t image = tile / (p_.tiles_h * p_.tiles_w), p0 = tile / p_.tiles_w % p_.tiles_h * kOut, q0 = tile % p_.tiles_w * kOut;
+    const int64_t image = tile / (p_.tiles_h * p_.tiles_w), p0 = tile / p_.tiles_w % p_.tiles_h * kOut,
+                  q0 = tile % p_.tiles_w * kOut;
     for (int i = 0; i < kOut; ++i)
       for (int j = 0; j < kOut; ++j)
-        at.dy[i * kOut + j] = p0 + i < s_.P && q0 + j < s_.Q ? dy + ((image * s_.P + p0 + i) * s_.Q + q0 + j) * s_.K : nullptr;
+        at.dy[i * kOut + j] =
+            p0 + i < s_.P && q0 + j < s_.Q ? dy + ((image * s_.P + p0 + i) * s_.Q + q0 + j) * s_.K : nullptr;
     for (int i = 0; i < kIn; ++i) {
       const int64_t h = p0 - s_.pad_h + i;
       for (int j = 0; j < kIn; ++j) {
         const int64_t w = q0 - s_.pad_w + j;
-        at.x[i * kIn + j] = h >= 0 && h < s_.H && w >= 0 && w < s_.W ? x + ((image * s_.H + h) * s_.W + w) * s_.C : zeros_;
+        at.x[i * kIn + j] =
+            h >= 0 && h < s_.H && w >= 0 && w < s_.W ? x + ((image * s_.H + h) * s_.W + w) * s_.C : zeros_;
       }
     }
   }
@@ -177,11 +186,13 @@ class WgradWinograd {
     if (part.size() <= 0) return {};
     const int64_t row = (tiles.begin + part.begin) / p_.tiles_w;  // of tiles
     const int64_t pixel = (row / p_.tiles_h * height + row % p_.tiles_h * kOut) * width;
-    return {static_cast<const T*>(tensor) + pixel * channels, part.size() * kOut * kOut * channels * int64_t(sizeof(T)), steps};
+    return {static_cast<const T*>(tensor) + pixel * channels, part.size() * kOut * kOut * channels * int64_t(sizeof(T)),
+            steps};
   }
 
-  // Lines of the next tile and of the points about to be written are asked for a vector ahead: pixels and points are too
-  // many streams for the hardware to follow, and without this every vector waited for memory (56x56x64: 10 ms of 17).
+  // Lines of the next tile and of the points about to be written are asked for a vector ahead: pixels and points are
+  // too many streams for the hardware to follow, and without this every vector waited for memory (56x56x64: 10 ms of
+  // 17).
   void transform(int64_t begin, int64_t end, float* block) {
     const Range mine = team_.share(end - begin);
     const int64_t channels = p_.panels * kPanel;
@@ -207,12 +218,15 @@ class WgradWinograd {
     }
   }
 
-  void multiply(const float* block, int64_t tiles, int64_t panel, int64_t point, float* sums, bool fresh, Stream (&ahead)[2], Stream (&tensors)[2]) {
-    const float *dy = block + point * p_.dy_point, *x = block + kPoints * p_.dy_point + point * p_.x_point + panel * kPanel;
+  void multiply(const float* block, int64_t tiles, int64_t panel, int64_t point, float* sums, bool fresh,
+                Stream (&ahead)[2], Stream (&tensors)[2]) {
+    const float *dy = block + point * p_.dy_point,
+                *x = block + kPoints * p_.dy_point + point * p_.x_point + panel * kPanel;
     for (int64_t strip = 0; strip < p_.strips.count; ++strip) {
       float* sum = sums + strip * kTileRows * kPanel;
       for (Stream& s : tensors) s.fetch_step();
-      kOuterTiles<float>.at[p_.strips.height(strip)]({dy + p_.strips.first(strip), p_.dy_row}, {x, p_.x_row}, tiles, kChainTiles, sum, fresh, ahead);
+      kOuterTiles<float>.at[p_.strips.height(strip)]({dy + p_.strips.first(strip), p_.dy_row}, {x, p_.x_row}, tiles,
+                                                     kChainTiles, sum, fresh, ahead);
     }
   }
 
@@ -278,7 +292,9 @@ const char* wgrad_winograd_why_not(const ConvShape& s, DType) {
   return nullptr;
 }
 
-void wgrad_winograd(const WgradArgs& a) { a.dtype == DType::f32 ? wgrad_winograd_any<float>(a) : wgrad_winograd_any<bf16>(a); }
+void wgrad_winograd(const WgradArgs& a) {
+  a.dtype == DType::f32 ? wgrad_winograd_any<float>(a) : wgrad_winograd_any<bf16>(a);
+}
 
 }  // namespace RF_ISA
 }  // namespace rf

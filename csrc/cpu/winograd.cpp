@@ -17,7 +17,8 @@ static const char* why_not(const ConvShape& s, DType) {
   return nullptr;
 }
 static const char* why_not4(const ConvShape& s, DType t) {
-  return t == DType::f32 ? why_not(s, t) : "F(4x4) loses six times eager's accuracy in bfloat16; F(4x2) and F(2x2) do not";
+  return t == DType::f32 ? why_not(s, t)
+                         : "F(4x4) loses six times eager's accuracy in bfloat16; F(4x2) and F(2x2) do not";
 }
 static const char* why_not4x2(const ConvShape& s, DType t) {
   return t == DType::bf16 ? why_not(s, t) : "F(4x2) is for bfloat16: float32 has F(4x4)";
@@ -29,9 +30,12 @@ struct Doors {
 
   template <class Use>
   static auto with_plan(const ConvShape& s, DType t, const ConvConfig& c, const Use& use) {
-    if constexpr (!kBf16) return use(WinogradPlan<M, L, float>(s, c));
-    else if constexpr (!kFloat) return use(WinogradPlan<M, L, Bf16Word>(s, c));
-    else return t == DType::f32 ? use(WinogradPlan<M, L, float>(s, c)) : use(WinogradPlan<M, L, Bf16Word>(s, c));
+    if constexpr (!kBf16)
+      return use(WinogradPlan<M, L, float>(s, c));
+    else if constexpr (!kFloat)
+      return use(WinogradPlan<M, L, Bf16Word>(s, c));
+    else
+      return t == DType::f32 ? use(WinogradPlan<M, L, float>(s, c)) : use(WinogradPlan<M, L, Bf16Word>(s, c));
   }
   static ConvConfig defaults(const ConvShape& s, DType, int threads) {
     ConvConfig c;

@@ -1,7 +1,7 @@
-// Winograd's 3x3 stride 1 convolution F(MxL): Y = A^T [ sum_c (G g G^T) * (B^T d B) ] A per tile of M rows by L columns of
-// outputs. (M+2)(L+2) / (9 M L) of the direct multiplications: 0.44 for 2x2, 0.33 for 4x2, 0.25 for 4x4. A block of tiles
-// goes through input transform, (M+2)(L+2) small GEMMs and output transform with epilogue while its two buffers stay in L2.
-// Points 0, +-3/4, +-3/2 and infinity for M = 4: half the rounding error of 0, +-1, +-2 at the same cost.
+// Winograd's 3x3 stride 1 convolution F(MxL): Y = A^T [ sum_c (G g G^T) * (B^T d B) ] A per tile of M rows by L columns
+// of outputs. (M+2)(L+2) / (9 M L) of the direct multiplications: 0.44 for 2x2, 0.33 for 4x2, 0.25 for 4x4. A block of
+// tiles goes through input transform, (M+2)(L+2) small GEMMs and output transform with epilogue while its two buffers
+// stay in L2. Points 0, +-3/4, +-3/2 and infinity for M = 4: half the rounding error of 0, +-1, +-2 at the same cost.
 // Tried and lost: keeping the whole 6x6 tile between the two passes of the input transform. It spills, and a
 // 512-bit store costs two cycles; reading a column again for every pair of points costs one.
 #pragma once
@@ -58,14 +58,15 @@ RF_INLINE void input_line(const Vec* d, Vec* out) {
   constexpr bool kWide = M == 4;
   out[0] = Points<M>::ends(d[0], d[2], d[kWide ? 4 : 2]);
   RF_UNROLL for (int i = 0; i < Points<M>::kPairs; ++i)
-    Points<M>::pair(i, d[1], d[2], d[3], d[kWide ? 4 : 3], out[1 + 2 * i], out[2 + 2 * i]);
+      Points<M>::pair(i, d[1], d[2], d[3], d[kWide ? 4 : 3], out[1 + 2 * i], out[2 + 2 * i]);
   out[M + 1] = Points<M>::ends(d[1], d[3], d[kWide ? 5 : 3]);
 }
 
 // Transforms channels [0, channels) of one tile. at: the (M+2)(L+2) input pixels, each a run of channels.
 // Point (i, j) of a channel lands at out + (i*(L+2)+j)*point_stride, channels in chunks chunk_stride apart.
 template <int M, int L, class T, class Element>
-__attribute__((noinline)) void input_tile(const T* const* at, Range channels, int64_t real, int chunk, Element* out, int64_t chunk_stride, int64_t point_stride) {
+__attribute__((noinline)) void input_tile(const T* const* at, Range channels, int64_t real, int chunk, Element* out,
+                                          int64_t chunk_stride, int64_t point_stride) {
   constexpr int kW = L + 2;
   for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
     Element* to = out + c / chunk * chunk_stride + c % chunk;
@@ -81,7 +82,7 @@ __attribute__((noinline)) void input_tile(const T* const* at, Range channels, in
       finish(first, 0);
       RF_UNROLL for (int p = 0; p < Points<M>::kPairs; ++p) {
         RF_UNROLL for (int j = 0; j < kW; ++j)
-          Points<M>::pair(p, get(1, j), get(2, j), get(3, j), get(M == 4 ? 4 : 3, j), first[j], second[j]);
+            Points<M>::pair(p, get(1, j), get(2, j), get(3, j), get(M == 4 ? 4 : 3, j), first[j], second[j]);
         finish(first, 1 + 2 * p);
         finish(second, 2 + 2 * p);
       }
@@ -107,7 +108,8 @@ struct OutputTile {
 };
 
 template <int M, int L, class T>
-__attribute__((noinline)) void output_tile(const float* sums, int64_t point_stride, Vec scale, Vec shift, const OutputTile<T>& o) {
+__attribute__((noinline)) void output_tile(const float* sums, int64_t point_stride, Vec scale, Vec shift,
+                                           const OutputTile<T>& o) {
   constexpr int kH = M + 2, kW = L + 2;
   Vec half[M][kW], y[M][L];
   RF_UNROLL for (int j = 0; j < kW; ++j) {

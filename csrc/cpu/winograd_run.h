@@ -89,10 +89,12 @@ void winograd_pack(const ConvShape& s, void* packed, const float* w, const float
             const double factor = fold ? fold[k] : 1.0;
             double half[kH][3];
             for (int i = 0; i < kH; ++i)
-              for (int x = 0; x < 3; ++x) half[i][x] = (g.h[i][0] * f[x] + g.h[i][1] * f[3 + x] + g.h[i][2] * f[6 + x]) * factor;
+              for (int x = 0; x < 3; ++x)
+                half[i][x] = (g.h[i][0] * f[x] + g.h[i][1] * f[3 + x] + g.h[i][2] * f[6 + x]) * factor;
             for (int i = 0; i < kH; ++i)
               for (int l = 0; l < kW; ++l)
-                from_float(float(half[i][0] * g.w[l][0] + half[i][1] * g.w[l][1] + half[i][2] * g.w[l][2]), &line[i * kW + l][j * kElements + e]);
+                from_float(float(half[i][0] * g.w[l][0] + half[i][1] * g.w[l][1] + half[i][2] * g.w[l][2]),
+                           &line[i * kW + l][j * kElements + e]);
           }
         }
         for (int i = 0; i < kH * kW; ++i)
@@ -109,7 +111,8 @@ class WinogradRun {
   static constexpr int kH = M + 2, kW = L + 2, kPoints = kH * kW;
 
  public:
-  WinogradRun(const ConvArgs& args, const Team& team) : a_(args), s_(args.shape), p_(args.shape, args.config), team_(team) {
+  WinogradRun(const ConvArgs& args, const Team& team)
+      : a_(args), s_(args.shape), p_(args.shape, args.config), team_(team) {
     char* scratch = static_cast<char*>(a_.scratch);
     const bool shared = a_.config.split_cols;
     const size_t each = p_.sum_bytes + p_.zero_bytes + (shared ? 0 : p_.v_bytes);
@@ -145,8 +148,8 @@ class WinogradRun {
     }
   }
 
-  // All tiles at once (config: split_cols, block_rows >= tiles, block_cols = kPanel); `pack(panel)` makes a panel's filters at
-  // `weights`, points `point_words` apart, right before they are multiplied.
+  // All tiles at once (config: split_cols, block_rows >= tiles, block_cols = kPanel); `pack(panel)` makes a panel's
+  // filters at `weights`, points `point_words` apart, right before they are multiplied.
   template <class Pack>
   void run_streamed(const Word* weights, int64_t point_words, const Pack& pack) {
     const Range chunks = team_.share(p_.chunks), panels = team_.share(p_.panels), block = {0, p_.tiles};
@@ -187,7 +190,8 @@ class WinogradRun {
             pixel[i * kW + j] = inside ? x + ((at.n * s_.H + h) * s_.W + w) * s_.C : zeros_;
           }
         }
-        input_tile<M, L, T, Element>(pixel, channels, s_.C, kChunk<Word>, out + r * kChunk<Word>, height * kChunk<Word>, p_.v_stride * WordOf<Word>::kElements);
+        input_tile<M, L, T, Element>(pixel, channels, s_.C, kChunk<Word>, out + r * kChunk<Word>, height * kChunk<Word>,
+                                     p_.v_stride * WordOf<Word>::kElements);
       }
     }
   }
@@ -209,18 +213,23 @@ class WinogradRun {
   void multiply(int64_t tiles, int64_t from, int64_t to, int64_t after) {
     const TileRows rows(tiles);
     const int64_t panel_words = p_.words * kPanel;
-    const auto weights = [&](int64_t point, int64_t panel) { return weights_ + point * point_words_ + (panel - first_panel_) * panel_words; };
+    const auto weights = [&](int64_t point, int64_t panel) {
+      return weights_ + point * point_words_ + (panel - first_panel_) * panel_words;
+    };
     Ahead ahead;
     ahead.weights_step = Ahead::step(panel_words * int64_t(sizeof(Word)), rows.tiles * p_.words);
     for (int point = 0; point < kPoints; ++point) {
       for (int64_t panel = from; panel < to; ++panel) {
         const Word* b = weights(point, panel);
-        const Word* next = panel + 1 < to ? weights(point, panel + 1) : point + 1 < kPoints ? weights(point + 1, from) : weights(0, after);
+        const Word* next = panel + 1 < to        ? weights(point, panel + 1)
+                           : point + 1 < kPoints ? weights(point + 1, from)
+                                                 : weights(0, after);
         ahead.weights = reinterpret_cast<const char*>(next);
         float* sums = sums_ + point * p_.sum_stride + (panel - from) * tiles * kPanel;
         for (int64_t t = 0; t < rows.tiles; ++t) {
           const int64_t first = rows.first(t), height = rows.first(t + 1) - first;
-          kSumTiles<Word>.at[height](v_ + point * p_.v_stride + first * p_.words, b, p_.chunks, sums + first * kPanel, ahead);
+          kSumTiles<Word>.at[height](v_ + point * p_.v_stride + first * p_.words, b, p_.chunks, sums + first * kPanel,
+                                     ahead);
         }
       }
     }

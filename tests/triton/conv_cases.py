@@ -9,6 +9,7 @@ from law import within_law
 from resnet_fast.ops.bn_act import eager as bn_eager
 from resnet_fast.ops.bn_act_conv2d import eager as chain_eager
 from resnet_fast.ops.conv2d import eager as conv_eager
+from resnet_fast.ops.conv2d.triton_tiles import gemm_tiles
 from resnet_fast.ops.conv_bn_act import eager as fused_eager
 from resnet_fast.ops.max_pool2d.op import output_size
 from resnet_fast.ops.recomputed_conv_bn_act import eager as stem_eager
@@ -262,3 +263,12 @@ def check_stem(name, dtype, ceil=False, affine=True, nan=False, device="cpu", se
     scale = 1.5 * float(gamma.abs().max()) if affine else 1.5
     largest = conv_eager.fwd(*double(x.nan_to_num().abs(), weight.abs()), None, *geometry).max() * scale
     within_law(y, eager, truth, f"{name} {dtype}", allowance(x, largest + truth.nan_to_num().max()))
+
+
+def every_tile(bytes_, ieee=False):
+    """All tiles the chooser may pick for large problems, as the problems' sizes vary."""
+    found = set()
+    for n in (64, 128, 512):
+        for m in (256, 6272, 200704):
+            found |= set(gemm_tiles(m, n, 4608, 512, bytes_, ieee, 108, 1, 80))
+    return sorted(found, key=str)
