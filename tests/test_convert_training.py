@@ -185,7 +185,8 @@ def test_input_gradient_and_layouts(small):
             m(leaf).sum().backward()
             grads.append(leaf.grad)
         assert grads[1].stride() == grads[0].stride()
-        torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9 * float(grads[0].abs().max()))
+        # In float64 only the dataflow can differ: nine digits, as everywhere (model_law).
+        assert (grads[1] - grads[0]).abs().max() <= 1e-9 * grads[0].abs().max()
 
 
 @pytest.mark.parametrize("memory", ["default", "lean"])
