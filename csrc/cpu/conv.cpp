@@ -4,7 +4,8 @@
 namespace rf {
 namespace RF_ISA {
 
-static const Algorithm* const kAlgorithms[] = {&kDirect, &kWinograd4, &kWinograd4x2, &kWinograd2, &kGrouped, &kStem};
+static const Algorithm* const kAlgorithms[] = {&kDirect,           &kWinograd4, &kWinograd4x2, &kWinograd2,
+                                               &kWinograd4Strided, &kGrouped,   &kStem};
 constexpr int kCount = int(sizeof(kAlgorithms) / sizeof(kAlgorithms[0]));
 
 static int algorithms() { return kCount; }
@@ -27,24 +28,29 @@ static void run_alone(const ConvArgs& a, int threads) {
   parallel(threads, [&](const Team& team) { kAlgorithms[a.config.algorithm]->run(a, team); });
 }
 
-enum { kDirectIndex, kWinograd4Index, kWinograd4x2Index, kWinograd2Index, kGroupedIndex, kStemIndex };
+enum {
+  kDirectIndex,
+  kWinograd4Index,
+  kWinograd4x2Index,
+  kWinograd2Index,
+  kWinograd4StridedIndex,
+  kGroupedIndex,
+  kStemIndex
+};
 
 // Sharing the rows, every thread reads all weights; sharing the output channels, all of the gathered input, with
 // barriers. Few rows and many channels (the last stages at batch 1, the linear layer) want the latter: at 7x7x512 and
 // 14x14x256 it took 0.67 of the time, at 28x28x128 (weights 2.6 times the input) 1.4 of it.
 static bool weights_rule(const ConvShape& s, DType t, int algorithm, int threads) {
-  if (s.groups != 1 || algorithm > kWinograd2Index || s.K < 2 * kPanel * threads) return false;
-  const int64_t high = algorithm == kWinograd4Index || algorithm == kWinograd4x2Index ? 4
-                       : algorithm == kWinograd2Index                                 ? 2
-                                                                                      : 1;
-  const int64_t wide = algorithm == kWinograd4x2Index ? 2 : high;
+  if (s.groups != 1 || algorithm >= kGroupedIndex || s.K < 2 * kPanel * threads) return false;
+  const int64_t high = kAlgorithms[algorithm]->high, wide = kAlgorithms[algorithm]->wide;
   const int64_t rows = s.N * ceil_div(s.P, high) * ceil_div(s.Q, wide);
-  const int64_t depth = (high + s.R - 1) * (wide + s.S - 1) * s.C;  // direct: R * S * C
+  const int64_t depth = ((high - 1) * s.stride_h + s.R) * ((wide - 1) * s.stride_w + s.S) * s.C;
   return packed_bytes(s, t, algorithm) > size_t(6 * rows * depth) * dtype_size(t);
 }
 
 // Winograd wherever it can, the largest tiles but for the last stage at small batch: few tiles, and 36 or 24 weights
-// for every 9.
+// for every 9. With stride 2 it has 81 for every 9, and saves less.
 static ConvConfig heuristic(const ConvShape& s, DType t, int threads, bool exact) {
   ConvConfig c;
   if (why_not(s, t, kStemIndex) == nullptr) {
@@ -55,6 +61,9 @@ static ConvConfig heuristic(const ConvShape& s, DType t, int threads, bool exact
     const bool whole = t == DType::f32;
     const int64_t tiles = s.N * ceil_div(s.P, int64_t(4)) * ceil_div(s.Q, int64_t(whole ? 4 : 2));
     c.algorithm = tiles <= (whole ? 8 : 20) ? kWinograd2Index : whole ? kWinograd4Index : kWinograd4x2Index;
+  } else if (!exact && why_not(s, t, kWinograd4StridedIndex) == nullptr && s.C >= 16 && s.K >= 16) {
+    const int64_t tiles = s.N * ceil_div(s.P, int64_t(4)) * ceil_div(s.Q, int64_t(4));
+    if (tiles > 28) c.algorithm = kWinograd4StridedIndex;
   }
   const int chosen = c.algorithm;
   c = kAlgorithms[chosen]->defaults(s, t, threads);

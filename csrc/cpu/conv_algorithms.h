@@ -10,6 +10,7 @@ namespace RF_ISA {
 // One way to compute a convolution. conv.cpp keeps the list; its order is the numbering callers see.
 struct Algorithm {
   const char* name;
+  int high, wide;  // outputs of a tile
   const char* (*why_not)(const ConvShape&, DType);
   ConvConfig (*defaults)(const ConvShape&, DType, int threads);  // block sizes, without `algorithm`
   size_t (*packed_bytes)(const ConvShape&, DType);
@@ -18,7 +19,7 @@ struct Algorithm {
   void (*run)(const ConvArgs&, const Team&);
 };
 
-extern const Algorithm kDirect, kWinograd4, kWinograd4x2, kWinograd2, kGrouped, kStem;
+extern const Algorithm kDirect, kWinograd4, kWinograd4x2, kWinograd2, kWinograd4Strided, kGrouped, kStem;
 
 // Bytes rounded up to an odd number of cache lines: buffers a power of two apart would share cache sets.
 RF_INLINE size_t odd_lines(size_t bytes) { return (ceil_div(bytes, size_t(64)) | 1) * 64; }

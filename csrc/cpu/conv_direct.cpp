@@ -26,7 +26,7 @@ static void run(const ConvArgs& a, const Team& team) {
   a.dtype == DType::f32 ? direct_run<float, float>(a, team) : direct_bf16(a, team);
 }
 
-const Algorithm kDirect = {"direct", why_not, defaults, packed_bytes, pack, scratch_bytes, run};
+const Algorithm kDirect = {"direct", 1, 1, why_not, defaults, packed_bytes, pack, scratch_bytes, run};
 
 }  // namespace RF_ISA
 }  // namespace rf

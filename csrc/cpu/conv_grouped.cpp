@@ -187,7 +187,7 @@ void run(const ConvArgs& a, const Team& team) {
 }  // namespace
 
 extern const Algorithm kGrouped;
-const Algorithm kGrouped = {"grouped", why_not, defaults, packed_bytes, pack, scratch_bytes, run};
+const Algorithm kGrouped = {"grouped", 1, 1, why_not, defaults, packed_bytes, pack, scratch_bytes, run};
 
 }  // namespace RF_ISA
 }  // namespace rf

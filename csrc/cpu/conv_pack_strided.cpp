@@ -1,6 +1,6 @@
 // Packs float32 filters of any strides for "direct" and the Winograd algorithms: what a training step does to weights
 // that change every step, forward, and (K and C exchanged, R and S strides negative) for the data gradient. Bytes: the
-// filters once, the packed ones once: 1 float for 1 (direct), 36, 24 or 16 for 9 (Winograd). The idea: kPanel output
+// filters once, the packed ones once: 1 float for 1 (direct), 81, 36, 24 or 16 for 9 (Winograd). The idea: kPanel output
 // channels are a vector and 16 input channels a block, so that reading, G g G^T and writing all run over vectors;
 // conv_pack's one filter at a time takes 15 ms for 512 x 512 x 3 x 3, more than the convolution. The transform stays in
 // double and in conv_pack's order: the same bits. Words of two bf16 take channels two by two.
@@ -40,15 +40,15 @@ void pack_direct(const PackStridedArgs& a, const Team& team) {
   }
 }
 
-template <int M, int L, class Word>
+template <class H, class W, class Word>
 void pack_winograd(const PackStridedArgs& a, const Team& team) {
-  const WinogradPlan<M, L, Word> p(a.shape, {});
-  const WinogradFilter<M, L> g;
+  const WinogradPlan<H, W, Word> p(a.shape, {});
+  const WinogradFilter<H, W> g;
   // The points lie a power of two apart and would evict each other from one L1 set.
   const bool streamed = p.weight_bytes() >= kStreamBytes && reinterpret_cast<uintptr_t>(a.packed) % 64 == 0;
   const Range panels = team.share(p.panels);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-    pack_winograd_panel<M, L, Word>(a, g, p.words, panel, static_cast<Word*>(a.packed) + panel * p.words * kPanel,
+    pack_winograd_panel<H, W, Word>(a, g, p.words, panel, static_cast<Word*>(a.packed) + panel * p.words * kPanel,
                                     p.panels * p.words * kPanel, streamed);
   if (streamed) stream_fence();
 }
@@ -70,11 +70,13 @@ static void pack_words(const PackStridedArgs& a) {
   const char* name = kConvKernels.name(a.algorithm);
   parallel(a.threads, [&](const Team& team) {
     if (std::strcmp(name, "winograd4") == 0)
-      pack_winograd<4, 4, Word>(a, team);
+      pack_winograd<Line4, Line4, Word>(a, team);
     else if (std::strcmp(name, "winograd2") == 0)
-      pack_winograd<2, 2, Word>(a, team);
+      pack_winograd<Line2, Line2, Word>(a, team);
     else if (std::strcmp(name, "winograd4x2") == 0)
-      pack_winograd<4, 2, Word>(a, team);
+      pack_winograd<Line4, Line2, Word>(a, team);
+    else if (std::strcmp(name, "winograd4_strided") == 0)
+      pack_winograd<LineStrided4, LineStrided4, Word>(a, team);
     else
       pack_direct<Word>(a, team);
   });

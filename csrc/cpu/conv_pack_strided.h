@@ -51,10 +51,10 @@ RF_INLINE void put_line(Pair* out, const float* low, const float* high, bool str
 #endif
 
 // One panel's points, `point` words apart from `out` on. `streamed`: past the caches.
-template <int M, int L, class Word>
-void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<M, L>& g, int64_t words, int64_t panel,
+template <class H, class W, class Word>
+void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<H, W>& g, int64_t words, int64_t panel,
                          Word* panel_out, int64_t point, bool streamed) {
-  constexpr int kH = M + 2, kW = L + 2, kElements = WordOf<Word>::kElements;
+  constexpr int kH = H::kIn, kW = W::kIn, kElements = WordOf<Word>::kElements;
   const ConvShape& s = a.shape;
   alignas(64) float taps[9][kDepth * kPanel];
   alignas(64) double half[kElements][kH][3][kPanel];

@@ -240,7 +240,7 @@ void run(const ConvArgs& a, const Team& team) {
 }  // namespace
 
 extern const Algorithm kStem;
-const Algorithm kStem = {"stem", why_not, defaults, packed_bytes, pack, scratch_bytes, run};
+const Algorithm kStem = {"stem", 1, 1, why_not, defaults, packed_bytes, pack, scratch_bytes, run};
 
 }  // namespace RF_ISA
 }  // namespace rf

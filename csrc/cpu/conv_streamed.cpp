@@ -15,21 +15,21 @@ namespace {
 
 constexpr size_t kLeastFilters = 8u << 20, kMostTiles = 6u << 20;  // bytes: worth it; transformed tiles stay in L3
 
-template <int M, int L, class Word>
+template <class H, class W, class Word>
 struct Streamed {
   ConvConfig config;
-  WinogradPlan<M, L, Word> plan;
+  WinogradPlan<H, W, Word> plan;
   int64_t point_words;  // of one panel: odd lines, or all points would share an L1 set
   size_t panel_bytes;
 
   explicit Streamed(const ConvShape& s) : config(whole(s)), plan(s, config) {
     point_words = int64_t(odd_lines(size_t(plan.words * kPanel) * sizeof(Word)) / sizeof(Word));
-    panel_bytes = size_t(point_words) * (M + 2) * (L + 2) * sizeof(Word);
+    panel_bytes = size_t(point_words) * H::kIn * W::kIn * sizeof(Word);
   }
   static ConvConfig whole(const ConvShape& s) {
     ConvConfig c;
     c.split_cols = 1;
-    c.block_rows = int(s.N * ceil_div(s.P, int64_t(M)) * ceil_div(s.Q, int64_t(L)));
+    c.block_rows = int(s.N * ceil_div(s.P, int64_t(H::kOut)) * ceil_div(s.Q, int64_t(W::kOut)));
     c.block_cols = kPanel;
     return c;
   }
@@ -39,16 +39,16 @@ struct Streamed {
   }
 };
 
-template <int M, int L, class T, class Word>
+template <class H, class W, class T, class Word>
 void run(ConvArgs a, const PackStridedArgs& filters, int threads) {
-  const Streamed<M, L, Word> p(a.shape);
+  const Streamed<H, W, Word> p(a.shape);
   a.config = p.config;
   char* panels = static_cast<char*>(a.scratch) + p.plan.scratch_bytes(p.config, threads);
-  const WinogradFilter<M, L> g;
+  const WinogradFilter<H, W> g;
   parallel(threads, [&](const Team& team) {
     Word* mine = reinterpret_cast<Word*>(panels + p.panel_bytes * size_t(team.rank));
-    WinogradRun<M, L, T, Word>(a, team).run_streamed(mine, p.point_words, [&](int64_t panel) {
-      pack_winograd_panel<M, L, Word>(filters, g, p.plan.words, panel, mine, p.point_words, false);
+    WinogradRun<H, W, T, Word>(a, team).run_streamed(mine, p.point_words, [&](int64_t panel) {
+      pack_winograd_panel<H, W, Word>(filters, g, p.plan.words, panel, mine, p.point_words, false);
     });
   });
 }
@@ -60,24 +60,33 @@ bool is(int algorithm, const char* name) { return std::strcmp(kConvKernels.name(
 // 0: packing whole is the better way, or the only one.
 size_t streamed_scratch_bytes(const ConvShape& s, DType t, int algorithm, int threads) {
   if (pack_strided_why_not(s, t, algorithm)) return 0;
-  if (is(algorithm, "winograd4")) return Streamed<4, 4, float>(s).scratch_bytes(threads);
-  if (is(algorithm, "winograd4x2")) return Streamed<4, 2, Bf16Word>(s).scratch_bytes(threads);
+  if (is(algorithm, "winograd4")) return Streamed<Line4, Line4, float>(s).scratch_bytes(threads);
+  if (is(algorithm, "winograd4x2")) return Streamed<Line4, Line2, Bf16Word>(s).scratch_bytes(threads);
+  if (is(algorithm, "winograd4_strided"))
+    return t == DType::f32 ? Streamed<LineStrided4, LineStrided4, float>(s).scratch_bytes(threads)
+                           : Streamed<LineStrided4, LineStrided4, Bf16Word>(s).scratch_bytes(threads);
   if (is(algorithm, "winograd2"))
-    return t == DType::f32 ? Streamed<2, 2, float>(s).scratch_bytes(threads)
-                           : Streamed<2, 2, Bf16Word>(s).scratch_bytes(threads);
+    return t == DType::f32 ? Streamed<Line2, Line2, float>(s).scratch_bytes(threads)
+                           : Streamed<Line2, Line2, Bf16Word>(s).scratch_bytes(threads);
   return 0;
+}
+
+template <class H, class W>
+static void run_either(const ConvArgs& a, const PackStridedArgs& filters) {
+  a.dtype == DType::f32 ? run<H, W, float, float>(a, filters, filters.threads)
+                        : run<H, W, bf16, Bf16Word>(a, filters, filters.threads);
 }
 
 // filters: as for pack_strided, `packed` unused; a.scratch: streamed_scratch_bytes() of it.
 void run_streamed(const ConvArgs& a, const PackStridedArgs& filters) {
   if (is(filters.algorithm, "winograd4"))
-    run<4, 4, float, float>(a, filters, filters.threads);
+    run<Line4, Line4, float, float>(a, filters, filters.threads);
   else if (is(filters.algorithm, "winograd4x2"))
-    run<4, 2, bf16, Bf16Word>(a, filters, filters.threads);
-  else if (a.dtype == DType::f32)
-    run<2, 2, float, float>(a, filters, filters.threads);
+    run<Line4, Line2, bf16, Bf16Word>(a, filters, filters.threads);
+  else if (is(filters.algorithm, "winograd4_strided"))
+    run_either<LineStrided4, LineStrided4>(a, filters);
   else
-    run<2, 2, bf16, Bf16Word>(a, filters, filters.threads);
+    run_either<Line2, Line2>(a, filters);
 }
 
 }  // namespace RF_ISA

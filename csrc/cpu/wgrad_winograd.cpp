@@ -1,6 +1,6 @@
 // The weight gradient of a 3x3 stride 1 convolution by Winograd's F(3x3, 4x4): per tile of 4x4 outputs
 // dw += A^T [ (G dy G^T) * (B^T x B) ] A with 36 products for 144, in float32 whatever the tensors are.
-// B is the forward's (winograd.h: points 0, +-3/4, +-3/2, infinity); A^T m A is linear, so the products are summed over
+// B is the forward's (winograd_lines.h: points 0, +-3/4, +-3/2, infinity); A^T m A is linear, so the products are summed over
 // all tiles first (36 GEMMs of K x C, depth = tiles) and transformed once. 2*36/16*N*P*Q*K*C flops where tiles divide
 // the image. A block of tiles: the team transforms dy and x together, point by point into rows of all filters and of
 // all channels, then every thread runs its own (panel, point) GEMMs over all of it, fetching the next point and the
@@ -50,7 +50,7 @@ struct Plan {
 
 // G dy along one line, without the factors 1/N of its rows: A^T takes them.
 RF_INLINE void gradient_line(const Vec* d, Vec* out) {
-  constexpr float a = Points<4>::kA, b = Points<4>::kB;
+  constexpr float a = Line4::kA, b = Line4::kB;
   out[0] = d[0];
   RF_UNROLL for (int i = 0; i < 2; ++i) {
     const float p = i ? b : a;
@@ -63,7 +63,7 @@ RF_INLINE void gradient_line(const Vec* d, Vec* out) {
 
 // A^T along one line: 6 points to 3 taps.
 RF_INLINE void tap_line(const Vec* m, Vec* y) {
-  constexpr float a = Points<4>::kA, b = Points<4>::kB, a2 = a * a, b2 = b * b;
+  constexpr float a = Line4::kA, b = Line4::kB, a2 = a * a, b2 = b * b;
   constexpr float n0 = 1 / (a2 * b2), na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));
   const Vec sum_a = m[1] + m[2], sum_b = m[3] + m[4], difference_a = m[1] - m[2], difference_b = m[3] - m[4];
   y[0] = fma(m[0], broadcast(n0), fma(sum_a, broadcast(na), sum_b * broadcast(nb)));
@@ -213,7 +213,7 @@ class WgradWinograd {
       for (int64_t c = 0; c < channels; c += kLanes) {
         fetch_points(c + kLanes < channels ? x + c + kLanes : x + p_.x_row, p_.x_point);
         for (int i = 0; i < kPoints; ++i) __builtin_prefetch(next.x[i] + (next.x[i] == zeros_ ? 0 : c));
-        input_tile<kOut, kOut, T, float>(here.x, {c, c + kLanes}, s_.C, int(channels), x, 0, p_.x_point);
+        input_tile<Line4, kOut, Line4, kOut, T, float>(here.x, {c, c + kLanes}, s_.C, int(channels), x, 0, p_.x_point);
       }
     }
   }

@@ -1,98 +1,60 @@
-// Winograd's 3x3 stride 1 convolution F(MxL): Y = A^T [ sum_c (G g G^T) * (B^T d B) ] A per tile of M rows by L columns
-// of outputs. (M+2)(L+2) / (9 M L) of the direct multiplications: 0.44 for 2x2, 0.33 for 4x2, 0.25 for 4x4. A block of
-// tiles goes through input transform, (M+2)(L+2) small GEMMs and output transform with epilogue while its two buffers
-// stay in L2. Points 0, +-3/4, +-3/2 and infinity for M = 4: half the rounding error of 0, +-1, +-2 at the same cost.
+// Winograd's 3x3 convolution of one tile: Y = A^T [ sum_c (G g G^T) * (B^T d B) ] A, a line (winograd_lines.h) of kind H
+// for the rows by one of kind W for the columns. Of the direct multiplications, 4x4 take 0.25, 4x2 0.33, 2x2 0.44; with
+// stride 2, 4x4 take 0.56.
 // Tried and lost: keeping the whole 6x6 tile between the two passes of the input transform. It spills, and a
 // 512-bit store costs two cycles; reading a column again for every pair of points costs one.
 #pragma once
-#include "conv_algorithms.h"
+#include "winograd_lines.h"
 
 namespace rf {
 namespace RF_ISA {
 
-// One dimension of each transform. `ends` are the points 0 and infinity, `pair` the points +p and -p.
-template <int M>
-struct Points;
-
-template <>
-struct Points<2> {
-  static constexpr int kPairs = 1;
-  static constexpr double kAt[3] = {0, 1, -1};
-  static RF_INLINE Vec ends(Vec d0, Vec d2, Vec) { return d2 - d0; }
-  static RF_INLINE void pair(int, Vec d1, Vec d2, Vec, Vec, Vec& plus, Vec& minus) {
-    plus = d2 + d1;
-    minus = d2 - d1;
-  }
-  static RF_INLINE void output(const Vec* m, Vec* y) {
-    y[0] = m[0] + (m[1] + m[2]);
-    y[1] = (m[1] - m[2]) + m[3];
-  }
-};
-
-template <>
-struct Points<4> {
-  static constexpr int kPairs = 2;
-  static constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
-  static constexpr double kAt[5] = {0, kA, -kA, kB, -kB};
-  static RF_INLINE Vec ends(Vec d0, Vec d2, Vec d4) {
-    return fma(d0, broadcast(kA2 * kB2), fma(d2, broadcast(-(kA2 + kB2)), d4));
-  }
-  static RF_INLINE void pair(int which, Vec d1, Vec d2, Vec d3, Vec d4, Vec& plus, Vec& minus) {
-    const float p = which ? kB : kA, other = which ? -kA2 : -kB2;
-    const Vec even = fma(d2, broadcast(other), d4), odd = fma(d1, broadcast(other), d3);
-    plus = fma(odd, broadcast(p), even);
-    minus = fma(odd, broadcast(-p), even);
-  }
-  static RF_INLINE void output(const Vec* m, Vec* y) {
-    const Vec sum_a = m[1] + m[2], sum_b = m[3] + m[4], difference_a = m[1] - m[2], difference_b = m[3] - m[4];
-    y[0] = m[0] + (sum_a + sum_b);
-    y[1] = fma(difference_b, broadcast(kB), difference_a * broadcast(kA));
-    y[2] = fma(sum_b, broadcast(kB2), sum_a * broadcast(kA2));
-    y[3] = fma(difference_b, broadcast(kB2 * kB), difference_a * broadcast(kA2 * kA)) + m[5];
-  }
-};
-
-// B^T d along one line of M + 2 values.
-template <int M>
-RF_INLINE void input_line(const Vec* d, Vec* out) {
-  constexpr bool kWide = M == 4;
-  out[0] = Points<M>::ends(d[0], d[2], d[kWide ? 4 : 2]);
-  RF_UNROLL for (int i = 0; i < Points<M>::kPairs; ++i)
-      Points<M>::pair(i, d[1], d[2], d[3], d[kWide ? 4 : 3], out[1 + 2 * i], out[2 + 2 * i]);
-  out[M + 1] = Points<M>::ends(d[1], d[3], d[kWide ? 5 : 3]);
-}
-
-// Transforms channels [0, channels) of one tile. at: the (M+2)(L+2) input pixels, each a run of channels.
-// Point (i, j) of a channel lands at out + (i*(L+2)+j)*point_stride, channels in chunks chunk_stride apart.
-template <int M, int L, class T, class Element>
+// Transforms channels [0, channels) of one tile of h by w outputs. at: its input pixels, W::kIn to a row, each a run of
+// channels. Point (i, j) of a channel lands at out + (i * W::kIn + j) * point_stride, chunks of channels chunk_stride apart.
+template <class H, int h, class W, int w, class T, class Element>
 __attribute__((noinline)) void input_tile(const T* const* at, Range channels, int64_t real, int chunk, Element* out,
                                           int64_t chunk_stride, int64_t point_stride) {
-  constexpr int kW = L + 2;
+  using Rows = SubLine<H, h>;
+  constexpr int kW = SubLine<W, w>::kIn;
   for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
     Element* to = out + c / chunk * chunk_stride + c % chunk;
     const int n = int(smaller(larger(real - c, int64_t(0)), int64_t(kLanes)));
     const auto transform = [&](auto get) __attribute__((always_inline)) {
       const auto finish = [&](const Vec* line, int i) __attribute__((always_inline)) {
-        Vec points[kW];
-        input_line<L>(line, points);
-        RF_UNROLL for (int j = 0; j < kW; ++j) store(to + (i * kW + j) * point_stride, points[j]);
+        line_points<W, w>([&](int j) __attribute__((always_inline)) { return line[j]; },
+                          [&](int j, Vec v) __attribute__((always_inline)) {
+                            store(to + (i * W::kIn + j) * point_stride, v);
+                          });
+      };
+      const auto column = [&](int j) __attribute__((always_inline)) {
+        return [&get, j](int i) __attribute__((always_inline)) { return get(i, j); };
       };
       Vec first[kW], second[kW];
-      RF_UNROLL for (int j = 0; j < kW; ++j) first[j] = Points<M>::ends(get(0, j), get(2, j), get(M == 4 ? 4 : 2, j));
-      finish(first, 0);
-      RF_UNROLL for (int p = 0; p < Points<M>::kPairs; ++p) {
-        RF_UNROLL for (int j = 0; j < kW; ++j)
-            Points<M>::pair(p, get(1, j), get(2, j), get(3, j), get(M == 4 ? 4 : 3, j), first[j], second[j]);
-        finish(first, 1 + 2 * p);
-        finish(second, 2 + 2 * p);
+      if constexpr (H::kZero) {
+        RF_UNROLL for (int j = 0; j < kW; ++j) first[j] = H::template zero_point<h>(column(j));
+        finish(first, 0);
       }
-      RF_UNROLL for (int j = 0; j < kW; ++j) first[j] = Points<M>::ends(get(1, j), get(3, j), get(M == 4 ? 5 : 3, j));
-      finish(first, M + 1);
+      RF_UNROLL for (int p = 0; p < Rows::kPairs; ++p) {
+        RF_UNROLL for (int j = 0; j < kW; ++j)
+            H::template pair<h>(p, column(j), first[j], second[j]);
+        finish(first, H::kZero + 2 * p);
+        finish(second, H::kZero + 2 * p + 1);
+      }
+      if constexpr (Rows::kInfinity) {
+        RF_UNROLL for (int j = 0; j < kW; ++j) first[j] = H::template infinity<h>(column(j));
+        finish(first, H::kInfinity);
+      }
+      RF_UNROLL for (int i = 0; i < Rows::kOdd; ++i) {
+        RF_UNROLL for (int j = 0; j < kW; ++j) first[j] = get(2 * i + 1, j);
+        finish(first, H::kInfinity + 1 + i);
+      }
     };
     if (n == kLanes) {
-      transform([&](int i, int j) __attribute__((always_inline)) { return load(at[i * kW + j] + c); });
+      transform([&](int i, int j) __attribute__((always_inline)) { return load(at[i * W::kIn + j] + c); });
     } else {
-      transform([&](int i, int j) __attribute__((always_inline)) { return load_n(at[i * kW + j] + (n ? c : 0), n); });
+      transform([&](int i, int j) __attribute__((always_inline)) {
+        return load_n(at[i * W::kIn + j] + (n ? c : 0), n);
+      });
     }
   }
 }
@@ -107,24 +69,27 @@ struct OutputTile {
   bool relu;
 };
 
-template <int M, int L, class T>
+template <class H, int h, class W, int w, class T>
 __attribute__((noinline)) void output_tile(const float* sums, int64_t point_stride, Vec scale, Vec shift,
                                            const OutputTile<T>& o) {
-  constexpr int kH = M + 2, kW = L + 2;
-  Vec half[M][kW], y[M][L];
-  RF_UNROLL for (int j = 0; j < kW; ++j) {
-    Vec m[kH], column[M];
-    RF_UNROLL for (int i = 0; i < kH; ++i) m[i] = load(sums + (i * kW + j) * point_stride);
-    Points<M>::output(m, column);
-    RF_UNROLL for (int i = 0; i < M; ++i) half[i][j] = column[i];
+  Vec half[h][W::kIn], y[h][w];
+  const auto column = [&](int j) __attribute__((always_inline)) {
+    Vec column[h];
+    line_outputs<H, h>(
+        [&](int i) __attribute__((always_inline)) { return load(sums + (i * W::kIn + j) * point_stride); }, column);
+    RF_UNROLL for (int i = 0; i < h; ++i) half[i][j] = column[i];
+  };
+  using Cols = SubLine<W, w>;
+  RF_UNROLL for (int j = 0; j < W::kZero + 2 * Cols::kPairs; ++j) column(j);
+  if constexpr (Cols::kInfinity) column(W::kInfinity);
+  RF_UNROLL for (int j = 0; j < Cols::kOdd; ++j) column(W::kInfinity + 1 + j);
+  RF_UNROLL for (int i = 0; i < h; ++i) {
+    line_outputs<W, w>([&](int j) __attribute__((always_inline)) { return half[i][j]; }, y[i]);
+    RF_UNROLL for (int j = 0; j < w; ++j) y[i][j] = fma(y[i][j], scale, shift);
   }
-  RF_UNROLL for (int i = 0; i < M; ++i) {
-    Points<L>::output(half[i], y[i]);
-    RF_UNROLL for (int j = 0; j < L; ++j) y[i][j] = fma(y[i][j], scale, shift);
-  }
-  if (o.high >= M && o.wide >= L && o.cols >= kLanes) {
-    RF_UNROLL for (int i = 0; i < M; ++i) {
-      RF_UNROLL for (int j = 0; j < L; ++j) {
+  if (o.high >= h && o.wide >= w && o.cols >= kLanes) {
+    RF_UNROLL for (int i = 0; i < h; ++i) {
+      RF_UNROLL for (int j = 0; j < w; ++j) {
         const int64_t at = i * o.row_stride + j * o.pixel_stride;
         if (o.residual) y[i][j] = y[i][j] + load(o.residual + at);
         if (o.relu) y[i][j] = relu(y[i][j]);
@@ -134,9 +99,9 @@ __attribute__((noinline)) void output_tile(const float* sums, int64_t point_stri
     return;
   }
   const int n = smaller(o.cols, kLanes);
-  RF_UNROLL for (int i = 0; i < M; ++i) {
+  RF_UNROLL for (int i = 0; i < h; ++i) {
     if (i >= o.high) break;
-    RF_UNROLL for (int j = 0; j < L; ++j) {
+    RF_UNROLL for (int j = 0; j < w; ++j) {
       if (j >= o.wide) break;
       const int64_t at = i * o.row_stride + j * o.pixel_stride;
       if (o.residual) y[i][j] = y[i][j] + load_n(o.residual + at, n);
@@ -144,6 +109,29 @@ __attribute__((noinline)) void output_tile(const float* sums, int64_t point_stri
       store_n(o.y + at, y[i][j], n);
     }
   }
+}
+
+// The two transforms of tiles of h by w outputs, both known only when the convolution is: whole, 3 or 2.
+template <class T, class Element>
+struct TileTransforms {
+  void (*input)(const T* const*, Range, int64_t, int, Element*, int64_t, int64_t) = nullptr;
+  void (*output)(const float*, int64_t, Vec, Vec, const OutputTile<T>&) = nullptr;
+};
+
+template <class H, class W, class T, class Element>
+TileTransforms<T, Element> tile_transforms(int h, int w) {
+  TileTransforms<T, Element> found;
+  const auto both = [&](auto rows, auto cols) {
+    constexpr int kH = decltype(rows)::value, kW = decltype(cols)::value;
+    if (h == kH && w == kW) found = {input_tile<H, kH, W, kW, T, Element>, output_tile<H, kH, W, kW, T>};
+  };
+  const auto each_width = [&](auto rows) {
+    both(rows, std::integral_constant<int, W::kOut>());
+    if constexpr (W::kTails) both(rows, std::integral_constant<int, 3>()), both(rows, std::integral_constant<int, 2>());
+  };
+  each_width(std::integral_constant<int, H::kOut>());
+  if constexpr (H::kTails) each_width(std::integral_constant<int, 3>()), each_width(std::integral_constant<int, 2>());
+  return found;
 }
 
 }  // namespace RF_ISA

@@ -1,6 +1,7 @@
 // The Winograd convolution around its transforms: packing, blocks of tiles, threads.
 // Buffers: V [point][tile][channel] as packed GEMM rows, sums [point][panel][tile][kPanel]; points an odd number of
-// cache lines apart. Threads share tiles, or (split_cols) transform one V together and share output channels:
+// cache lines apart. Tiles of several sizes (14 = 4 + 4 + 4 + 2) lie in a block one kind after the other; a point's GEMM
+// takes the rows of the kinds that have it. Threads share tiles, or (split_cols) transform one V together and share output channels:
 // better where there are few tiles and many weights (7x7).
 #pragma once
 #include "winograd.h"
@@ -8,18 +9,38 @@
 namespace rf {
 namespace RF_ISA {
 
-template <int M, int L, class Word>
+template <class H, class W, class Word>
 struct WinogradPlan {
-  static constexpr int kPoints = (M + 2) * (L + 2);
-  int64_t tiles_h, tiles_w, tiles, chunks, words, panels;
+  static constexpr int kPoints = H::kIn * W::kIn;
+
+  // Tiles of one size: the whole ones, those at the right edge, at the bottom, and the one in the corner.
+  struct Kind {
+    int h, w;            // outputs
+    int64_t rows, cols;  // tiles of an image
+    int64_t p, q;        // the first output of the first of them
+  };
+  Kind kinds[4];
+  int64_t images, tiles, chunks, words, panels;
   int64_t block_tiles, block_panels;
   int64_t v_stride, sum_stride;  // between points, in words and floats
   size_t v_bytes, sum_bytes, zero_bytes;
+  bool mixed = false;  // tiles of more than one size
 
   WinogradPlan(const ConvShape& s, const ConvConfig& c) {
-    tiles_h = ceil_div(s.P, int64_t(M));
-    tiles_w = ceil_div(s.Q, int64_t(L));
-    tiles = s.N * tiles_h * tiles_w;
+    const LineTiles<H> rows(s.P);
+    const LineTiles<W> cols(s.Q);
+    images = s.N;
+    tiles = s.N * rows.count() * cols.count();
+    for (int k = 0; k < 4; ++k) {
+      const bool bottom = k / 2, right = k % 2;
+      kinds[k] = {bottom ? rows.tail : H::kOut,
+                  right ? cols.tail : W::kOut,
+                  bottom ? int64_t(rows.tail > 0) : rows.whole,
+                  right ? int64_t(cols.tail > 0) : cols.whole,
+                  bottom ? rows.whole * H::kOut : 0,
+                  right ? cols.whole * W::kOut : 0};
+      mixed = mixed || (count(k) > 0 && count(k) < tiles);
+    }
     chunks = ceil_div(s.C, int64_t(kChunk<Word>));
     words = chunks * kLanes;
     panels = ceil_div(s.K, int64_t(kPanel));
@@ -28,12 +49,14 @@ struct WinogradPlan {
     // weights come from L3 or memory instead, and more tiles should see them.
     const int64_t usual = (s.C >= 256 ? 56 : 28) / kTileRows * kTileRows;
     block_tiles = smaller(tiles, c.block_rows > 0 ? int64_t(c.block_rows) : usual);
-    v_stride = int64_t(odd_lines(size_t(block_tiles * words) * sizeof(Word)) / sizeof(Word));
-    sum_stride = int64_t(odd_lines(size_t(block_tiles * block_panels * kPanel) * sizeof(float)) / sizeof(float));
+    const int64_t most = block_tiles + (mixed ? 3 : 0);  // each kind's part is rounded up
+    v_stride = int64_t(odd_lines(size_t(most * words) * sizeof(Word)) / sizeof(Word));
+    sum_stride = int64_t(odd_lines(size_t(most * block_panels * kPanel) * sizeof(float)) / sizeof(float));
     v_bytes = odd_lines(size_t(v_stride) * kPoints * sizeof(Word));
     sum_bytes = odd_lines(size_t(sum_stride) * kPoints * sizeof(float));
     zero_bytes = odd_lines(size_t(s.C) * sizeof(float) + 64);
   }
+  int64_t count(int kind) const { return images * kinds[kind].rows * kinds[kind].cols; }
   size_t weight_bytes() const { return size_t(kPoints * panels * words * kPanel) * sizeof(Word); }
   size_t scratch_bytes(const ConvConfig& c, int threads) const {
     const size_t each = sum_bytes + zero_bytes;
@@ -41,37 +64,23 @@ struct WinogradPlan {
   }
 };
 
-// G, from the interpolation points.
-template <int M>
-inline void winograd_filter_matrix(double (*g)[3]) {
-  constexpr int kT = M + 2;
-  for (int i = 0; i < kT - 1; ++i) {
-    const double at = Points<M>::kAt[i];
-    double product = 1;
-    for (int j = 0; j < kT - 1; ++j) product *= j == i ? 1 : at - Points<M>::kAt[j];
-    g[i][0] = 1 / product, g[i][1] = at / product, g[i][2] = at * at / product;
-  }
-  g[kT - 1][0] = g[kT - 1][1] = 0;
-  g[kT - 1][2] = 1;
-}
-
 // G of the rows and of the columns.
-template <int M, int L>
+template <class H, class W>
 struct WinogradFilter {
-  double h[M + 2][3], w[L + 2][3];
+  double h[H::kIn][3], w[W::kIn][3];
   WinogradFilter() {
-    winograd_filter_matrix<M>(h);
-    winograd_filter_matrix<L>(w);
+    line_filter_matrix<H>(h);
+    line_filter_matrix<W>(w);
   }
 };
 
 // packed: [point][panel][word][kPanel], G g G^T in double, zeros beyond C and K.
-template <int M, int L, class Word>
+template <class H, class W, class Word>
 void winograd_pack(const ConvShape& s, void* packed, const float* w, const float* fold, int threads) {
   using Element = typename WordOf<Word>::Element;
-  constexpr int kElements = WordOf<Word>::kElements, kH = M + 2, kW = L + 2;
-  const WinogradPlan<M, L, Word> p(s, {});
-  const WinogradFilter<M, L> g;
+  constexpr int kElements = WordOf<Word>::kElements, kH = H::kIn, kW = W::kIn;
+  const WinogradPlan<H, W, Word> p(s, {});
+  const WinogradFilter<H, W> g;
   Element* out = static_cast<Element*>(packed);
   parallel(threads, [&](const Team& team) {
     const Range mine = team.share(p.panels);
@@ -104,11 +113,11 @@ void winograd_pack(const ConvShape& s, void* packed, const float* w, const float
   });
 }
 
-template <int M, int L, class T, class Word>
+template <class H, class W, class T, class Word>
 class WinogradRun {
-  using Plan = WinogradPlan<M, L, Word>;
+  using Plan = WinogradPlan<H, W, Word>;
   using Element = typename WordOf<Word>::Element;
-  static constexpr int kH = M + 2, kW = L + 2, kPoints = kH * kW;
+  static constexpr int kPoints = Plan::kPoints;
 
  public:
   WinogradRun(const ConvArgs& args, const Team& team)
@@ -123,26 +132,28 @@ class WinogradRun {
     v_ = reinterpret_cast<Word*>(shared ? scratch : own + p_.zero_bytes + p_.sum_bytes);
     weights_ = static_cast<const Word*>(a_.packed);
     point_words_ = p_.panels * p_.words * kPanel;
+    for (int k = 0; k < 4; ++k) {
+      if (p_.count(k) > 0) transforms_[k] = tile_transforms<H, W, T, Element>(p_.kinds[k].h, p_.kinds[k].w);
+    }
   }
 
   void run() {
     const Range all_channels = {0, p_.chunks * kChunk<Word>}, all_panels = {0, p_.panels};
     if (a_.config.split_cols) {
       const Range chunks = team_.share(p_.chunks), panels = team_.share(p_.panels);
-      const int64_t step = Blocks(p_.tiles, p_.block_tiles).step;
-      for (int64_t begin = 0; begin < p_.tiles; begin += step) {
-        const Range block = {begin, smaller(begin + step, p_.tiles)};
-        if (begin > 0) team_.sync();
+      const Share all(p_, Team{});
+      for (int64_t i = 0; i < all.blocks; ++i) {
+        const Block block(p_, all, i);
+        if (i > 0) team_.sync();
         input(block, {chunks.begin * kChunk<Word>, chunks.end * kChunk<Word>});
         team_.sync();
         output(block, panels);
       }
       return;
     }
-    const Range mine = team_.share(p_.tiles, share_grain(p_.tiles, team_.size));
-    const int64_t step = Blocks(mine.size(), p_.block_tiles).step;
-    for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
-      const Range block = {begin, smaller(begin + step, mine.end)};
+    const Share mine(p_, team_);
+    for (int64_t i = 0; i < mine.blocks; ++i) {
+      const Block block(p_, mine, i);
       input(block, all_channels);
       output(block, all_panels);
     }
@@ -152,7 +163,8 @@ class WinogradRun {
   // filters at `weights`, points `point_words` apart, right before they are multiplied.
   template <class Pack>
   void run_streamed(const Word* weights, int64_t point_words, const Pack& pack) {
-    const Range chunks = team_.share(p_.chunks), panels = team_.share(p_.panels), block = {0, p_.tiles};
+    const Range chunks = team_.share(p_.chunks), panels = team_.share(p_.panels);
+    const Block block(p_, Share(p_, Team{}), 0);
     input(block, {chunks.begin * kChunk<Word>, chunks.end * kChunk<Word>});
     team_.sync();
     weights_ = weights;
@@ -164,78 +176,156 @@ class WinogradRun {
   }
 
  private:
-  struct Place {
-    int64_t n, h, w;  // image, and the tile's first output
-  };
-  Place place(int64_t tile) const {
-    const int64_t per_image = p_.tiles_h * p_.tiles_w, at = tile % per_image;
-    return {tile / per_image, at / p_.tiles_w * M, at % p_.tiles_w * L};
+  // Part i of n of a range. The kinds at one edge are cut the other way round, so that what does not divide evens out.
+  static Range part(Range of, int kind, int64_t i, int64_t n) {
+    const int64_t at = kind == 1 || kind == 2 ? n - 1 - i : i;
+    return {of.begin + of.size() * at / n, of.begin + of.size() * (at + 1) / n};
   }
 
-  void input(Range block, Range channels) {
+  // A thread's tiles of every kind, to be done in `blocks` blocks.
+  struct Share {
+    Range tiles[4];
+    int64_t blocks, step;  // step: tiles of a block where all are of one kind
+    Share(const Plan& p, const Team& team) {
+      int64_t total = 0;
+      for (int k = 0; k < 4; ++k) {
+        const Range all = {0, p.count(k)};
+        tiles[k] = p.mixed ? part(all, k, team.rank, team.size) : team.share(all.end, share_grain(all.end, team.size));
+        total += tiles[k].size();
+      }
+      step = Blocks(total, p.block_tiles).step;
+      blocks = ceil_div(total, p.mixed ? p.block_tiles : step);
+    }
+  };
+
+  // One block: a section of GEMM rows for every kind of tile, and the points with the sections that have them.
+  struct Block {
+    struct Section {
+      int kind;
+      Range tiles;
+      int64_t first;  // row of the block
+      TileRows rows;
+    };
+    struct Point {
+      int index;
+      bool in[4];         // sections
+      int64_t row_tiles;  // of these sections
+    };
+    Section section[4] = {{0, {0, 0}, 0, TileRows(0)}, {0, {0, 0}, 0, TileRows(0)},
+                          {0, {0, 0}, 0, TileRows(0)}, {0, {0, 0}, 0, TileRows(0)}};
+    Point point[kPoints];
+    int sections = 0, points = 0;
+    int64_t tiles = 0;
+
+    Block(const Plan& p, const Share& mine, int64_t i) {
+      for (int k = 0; k < 4; ++k) {
+        const Range all = mine.tiles[k];
+        const int64_t begin = all.begin + i * mine.step;
+        const Range here = p.mixed ? part(all, k, i, mine.blocks)
+                                   : Range{smaller(begin, all.end), smaller(begin + mine.step, all.end)};
+        if (here.size() <= 0) continue;
+        section[sections++] = {k, here, tiles, TileRows(here.size())};
+        tiles += here.size();
+      }
+      for (int index = 0; index < kPoints; ++index) {
+        Point& made = point[points];
+        made = {index, {false, false, false, false}, 0};
+        for (int s = 0; s < sections; ++s) {
+          const auto& kind = p.kinds[section[s].kind];
+          made.in[s] = has_point<H>(kind.h, index / W::kIn) && has_point<W>(kind.w, index % W::kIn);
+          if (made.in[s]) made.row_tiles += section[s].rows.tiles;
+        }
+        points += made.row_tiles > 0;
+      }
+    }
+  };
+
+  struct Place {
+    int64_t n, p, q;  // image, and the tile's first output
+  };
+  Place place(int kind, int64_t tile) const {
+    const auto& k = p_.kinds[kind];
+    const int64_t per_image = k.rows * k.cols, at = tile % per_image;
+    return {tile / per_image, k.p + at / k.cols * H::kOut, k.q + at % k.cols * W::kOut};
+  }
+
+  void input(const Block& block, Range channels) {
     if (channels.begin >= channels.end) return;
-    const TileRows rows(block.size());
+    for (int i = 0; i < block.sections; ++i) input(block.section[i], channels);
+  }
+
+  void input(const typename Block::Section& section, Range channels) {
+    const auto& kind = p_.kinds[section.kind];
+    const int high = (kind.h - 1) * H::kStride + 3, wide = (kind.w - 1) * W::kStride + 3;
+    const TileRows& rows = section.rows;
     const T* x = static_cast<const T*>(a_.x);
     for (int64_t t = 0; t < rows.tiles; ++t) {
       const int64_t first = rows.first(t), height = rows.first(t + 1) - first;
-      Element* out = reinterpret_cast<Element*>(v_ + first * p_.words);
+      Element* out = reinterpret_cast<Element*>(v_ + (section.first + first) * p_.words);
       for (int64_t r = 0; r < height; ++r) {
-        const Place at = place(block.begin + first + r);
+        const Place at = place(section.kind, section.tiles.begin + first + r);
         const T* pixel[kPoints];
-        for (int i = 0; i < kH; ++i) {
-          const int64_t h = at.h - s_.pad_h + i;
-          for (int j = 0; j < kW; ++j) {
-            const int64_t w = at.w - s_.pad_w + j;
+        for (int i = 0; i < high; ++i) {
+          const int64_t h = at.p * H::kStride - s_.pad_h + i;
+          for (int j = 0; j < wide; ++j) {
+            const int64_t w = at.q * W::kStride - s_.pad_w + j;
             const bool inside = h >= 0 && h < s_.H && w >= 0 && w < s_.W;
-            pixel[i * kW + j] = inside ? x + ((at.n * s_.H + h) * s_.W + w) * s_.C : zeros_;
+            pixel[i * W::kIn + j] = inside ? x + ((at.n * s_.H + h) * s_.W + w) * s_.C : zeros_;
           }
         }
-        input_tile<M, L, T, Element>(pixel, channels, s_.C, kChunk<Word>, out + r * kChunk<Word>, height * kChunk<Word>,
-                                     p_.v_stride * WordOf<Word>::kElements);
+        transforms_[section.kind].input(pixel, channels, s_.C, kChunk<Word>, out + r * kChunk<Word>,
+                                        height * kChunk<Word>, p_.v_stride * WordOf<Word>::kElements);
       }
     }
   }
 
-  void output(Range block, Range panels) {
-    const int64_t tiles = block.size();
+  void output(const Block& block, Range panels) {
     for (int64_t from = panels.begin; from < panels.end; from += p_.block_panels) {
       const int64_t to = smaller(from + p_.block_panels, panels.end);
-      multiply(tiles, from, to, to < panels.end ? to : panels.begin);
+      multiply(block, from, to, to < panels.end ? to : panels.begin);
       for (int64_t panel = from; panel < to; ++panel) {
-        for (int64_t k = panel * kPanel; k < smaller((panel + 1) * kPanel, s_.K); k += kLanes)
-          transform(block, k, sums_ + (panel - from) * tiles * kPanel + k % kPanel);
+        for (int64_t k = panel * kPanel; k < smaller((panel + 1) * kPanel, s_.K); k += kLanes) {
+          const float* sums = sums_ + (panel - from) * block.tiles * kPanel + k % kPanel;
+          for (int i = 0; i < block.sections; ++i)
+            transform(block.section[i], k, sums + block.section[i].first * kPanel);
+        }
       }
     }
   }
 
   // Panels [from, to) of every point; `after`: the panel whose first point comes next. Fetching what the transforms
   // touch meanwhile (outputs, residual, the next block's input) was tried: no difference.
-  void multiply(int64_t tiles, int64_t from, int64_t to, int64_t after) {
-    const TileRows rows(tiles);
+  void multiply(const Block& block, int64_t from, int64_t to, int64_t after) {
     const int64_t panel_words = p_.words * kPanel;
-    const auto weights = [&](int64_t point, int64_t panel) {
-      return weights_ + point * point_words_ + (panel - first_panel_) * panel_words;
+    const auto weights = [&](int i, int64_t panel) {
+      return weights_ + block.point[i].index * point_words_ + (panel - first_panel_) * panel_words;
     };
     Ahead ahead;
-    ahead.weights_step = Ahead::step(panel_words * int64_t(sizeof(Word)), rows.tiles * p_.words);
-    for (int point = 0; point < kPoints; ++point) {
+    for (int i = 0; i < block.points; ++i) {
+      const auto& point = block.point[i];
+      ahead.weights_step = Ahead::step(panel_words * int64_t(sizeof(Word)), point.row_tiles * p_.words);
       for (int64_t panel = from; panel < to; ++panel) {
-        const Word* b = weights(point, panel);
-        const Word* next = panel + 1 < to        ? weights(point, panel + 1)
-                           : point + 1 < kPoints ? weights(point + 1, from)
-                                                 : weights(0, after);
+        const Word* b = weights(i, panel);
+        const Word* next = panel + 1 < to         ? weights(i, panel + 1)
+                           : i + 1 < block.points ? weights(i + 1, from)
+                                                  : weights(0, after);
         ahead.weights = reinterpret_cast<const char*>(next);
-        float* sums = sums_ + point * p_.sum_stride + (panel - from) * tiles * kPanel;
-        for (int64_t t = 0; t < rows.tiles; ++t) {
-          const int64_t first = rows.first(t), height = rows.first(t + 1) - first;
-          kSumTiles<Word>.at[height](v_ + point * p_.v_stride + first * p_.words, b, p_.chunks, sums + first * kPanel,
-                                     ahead);
+        float* sums = sums_ + point.index * p_.sum_stride + (panel - from) * block.tiles * kPanel;
+        for (int s = 0; s < block.sections; ++s) {
+          if (!point.in[s]) continue;
+          const TileRows& rows = block.section[s].rows;
+          for (int64_t t = 0; t < rows.tiles; ++t) {
+            const int64_t height = rows.first(t + 1) - rows.first(t), first = block.section[s].first + rows.first(t);
+            kSumTiles<Word>.at[height](v_ + point.index * p_.v_stride + first * p_.words, b, p_.chunks,
+                                       sums + first * kPanel, ahead);
+          }
         }
       }
     }
   }
 
-  void transform(Range block, int64_t k, const float* sums) {
+  void transform(const typename Block::Section& section, int64_t k, const float* sums) {
+    const auto& kind = p_.kinds[section.kind];
     OutputTile<T> o;
     o.row_stride = s_.Q * s_.K;
     o.pixel_stride = s_.K;
@@ -243,14 +333,14 @@ class WinogradRun {
     o.cols = int(smaller(s_.K - k, int64_t(kLanes)));
     const Vec scale = a_.scale ? load_n(a_.scale + k, o.cols) : broadcast(1.f);
     const Vec shift = a_.shift ? load_n(a_.shift + k, o.cols) : zero();
-    for (int64_t tile = block.begin; tile < block.end; ++tile) {
-      const Place to = place(tile);
-      const int64_t at = ((to.n * s_.P + to.h) * s_.Q + to.w) * s_.K + k;
+    for (int64_t tile = section.tiles.begin; tile < section.tiles.end; ++tile, sums += kPanel) {
+      const Place to = place(section.kind, tile);
+      const int64_t at = ((to.n * s_.P + to.p) * s_.Q + to.q) * s_.K + k;
       o.y = static_cast<T*>(a_.y) + at;
       o.residual = a_.residual ? static_cast<const T*>(a_.residual) + at : nullptr;
-      o.high = int(smaller(s_.P - to.h, int64_t(M)));
-      o.wide = int(smaller(s_.Q - to.w, int64_t(L)));
-      output_tile<M, L, T>(sums + (tile - block.begin) * kPanel, p_.sum_stride, scale, shift, o);
+      o.high = int(smaller(s_.P - to.p, int64_t(kind.h)));
+      o.wide = int(smaller(s_.Q - to.q, int64_t(kind.w)));
+      transforms_[section.kind].output(sums, p_.sum_stride, scale, shift, o);
     }
   }
 
@@ -258,6 +348,7 @@ class WinogradRun {
   const ConvShape& s_;
   const Plan p_;
   const Team& team_;
+  TileTransforms<T, Element> transforms_[4];
   T* zeros_;
   Word* v_;
   float* sums_;
