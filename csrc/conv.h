@@ -44,6 +44,7 @@ struct ConvArgs {
 struct ConvKernels {
   int (*algorithms)();  // how many there are
   const char* (*name)(int algorithm);
+  int (*tile_rows)(int algorithm);  // 1: a row of outputs does not depend on which rows are computed with it
   const char* (*why_not)(const ConvShape&, DType, int algorithm);             // null: it can; else the reason
   ConvConfig (*heuristic)(const ConvShape&, DType, int threads, bool exact);  // exact: no Winograd
   size_t (*packed_bytes)(const ConvShape&, DType, int algorithm);

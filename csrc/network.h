@@ -62,6 +62,7 @@ using Choices = std::map<int, Choice>;
 
 class Plan;
 bool is_winograd(int algorithm);  // not exact
+bool is_by_rows(int algorithm);   // can compute the rows of a max_pool, a band at a time
 void tune_plan(Plan&, const Choices& given, int effort);
 
 class Network : public std::enable_shared_from_this<Network> {

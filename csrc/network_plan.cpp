@@ -30,6 +30,7 @@ static int64_t pool_extent(int64_t in, int64_t kernel, int64_t stride, int64_t p
 static bool is_conv(const Node& n) { return n.op == Op::conv || n.op == Op::linear; }
 
 bool is_winograd(int algorithm) { return std::strncmp(kernels().conv->name(algorithm), "winograd", 8) == 0; }
+bool is_by_rows(int algorithm) { return kernels().conv->tile_rows(algorithm) == 1; }
 
 Plan::Plan(std::shared_ptr<Network> network, int64_t N, int64_t H, int64_t W, int threads, bool exact)
     : network_(std::move(network)), N_(N), threads_(threads), exact_(exact) {
@@ -104,14 +105,14 @@ void Plan::find_uses() {
   }
   live_[0] = true;
   for (auto& readers : readers_) std::sort(readers.begin(), readers.end());
-  // A convolution that only a max_pool reads is computed inside it, rows at a time. Not by Winograd: a band's tiles
-  // begin where a thread's share does, and the bits of the result would depend on how many threads there are.
+  // A convolution that only a max_pool reads is computed inside it, rows at a time. Not by tiles of several rows: a
+  // band's begin where a thread's share does, and the bits of the result would depend on how many threads there are.
   for (int i = 0; i < count; ++i) {
     const Node& n = nodes[i];
     const bool alone = live_[i] && n.op == Op::conv && i != network_->output() && readers_[i].size() == 1;
     if (!alone || n.residual >= 0 || nodes[readers_[i][0]].op != Op::max_pool) continue;
     if (n.padding.h > n.dilation.h * (n.kernel.h - 1)) continue;  // a band of rows could lie in the padding alone
-    if (is_winograd(kernels().conv->heuristic(shape_of(i, 1), network_->dtype(), threads_, exact_).algorithm)) continue;
+    if (!is_by_rows(kernels().conv->heuristic(shape_of(i, 1), network_->dtype(), threads_, exact_).algorithm)) continue;
     const int pool = readers_[i][0];
     fused_into_[i] = pool;
     for (int& reader : readers_[n.x]) reader = reader == i ? pool : reader;
@@ -199,7 +200,7 @@ void Plan::choose_convolutions(const Choices& choices) {
       RF_CHECK(!why, "choices[", i, "]: ", c.algorithm, " cannot do this convolution: ", why);
       RF_CHECK(!exact_ || !is_winograd(algorithm), "choices[", i, "]: ", c.algorithm,
                " is not exact, and exact was asked for");
-      RF_CHECK(fused_into_[i] < 0 || !is_winograd(algorithm), "choices[", i, "]: ", c.algorithm,
+      RF_CHECK(fused_into_[i] < 0 || is_by_rows(algorithm), "choices[", i, "]: ", c.algorithm,
                " cannot compute the rows of a max_pool (value ", fused_into_[i], ")");
       RF_CHECK(c.block_rows >= 0 && c.block_cols >= 0 && c.split_cols >= 0, "choices[", i,
                "]: block sizes cannot be negative");

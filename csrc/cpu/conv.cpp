@@ -5,11 +5,12 @@ namespace rf {
 namespace RF_ISA {
 
 static const Algorithm* const kAlgorithms[] = {&kDirect,           &kWinograd4, &kWinograd4x2, &kWinograd2,
-                                               &kWinograd4Strided, &kGrouped,   &kStem};
+                                               &kWinograd4Strided, &kGrouped,   &kStem,        &kWinogradStem};
 constexpr int kCount = int(sizeof(kAlgorithms) / sizeof(kAlgorithms[0]));
 
 static int algorithms() { return kCount; }
 static const char* name(int algorithm) { return kAlgorithms[algorithm]->name; }
+static int tile_rows(int algorithm) { return kAlgorithms[algorithm]->high; }
 static const char* why_not(const ConvShape& s, DType t, int algorithm) { return kAlgorithms[algorithm]->why_not(s, t); }
 static size_t packed_bytes(const ConvShape& s, DType t, int algorithm) {
   return kAlgorithms[algorithm]->packed_bytes(s, t);
@@ -35,7 +36,8 @@ enum {
   kWinograd2Index,
   kWinograd4StridedIndex,
   kGroupedIndex,
-  kStemIndex
+  kStemIndex,
+  kWinogradStemIndex
 };
 
 // Sharing the rows, every thread reads all weights; sharing the output channels, all of the gathered input, with
@@ -53,7 +55,9 @@ static bool weights_rule(const ConvShape& s, DType t, int algorithm, int threads
 // for every 9. With stride 2 it has 81 for every 9, and saves less.
 static ConvConfig heuristic(const ConvShape& s, DType t, int threads, bool exact) {
   ConvConfig c;
-  if (why_not(s, t, kStemIndex) == nullptr) {
+  if (!exact && why_not(s, t, kWinogradStemIndex) == nullptr) {
+    c.algorithm = kWinogradStemIndex;
+  } else if (why_not(s, t, kStemIndex) == nullptr) {
     c.algorithm = kStemIndex;
   } else if (why_not(s, t, kGroupedIndex) == nullptr) {
     c.algorithm = kGroupedIndex;
@@ -119,8 +123,8 @@ static int candidates(const ConvShape& s, DType t, int threads, ConvConfig* out,
 }
 
 extern const ConvKernels kConvKernels;
-const ConvKernels kConvKernels = {algorithms, name,          why_not, heuristic, packed_bytes,
-                                  pack,       scratch_bytes, run,     run_alone, candidates};
+const ConvKernels kConvKernels = {algorithms, name,          tile_rows, why_not,   heuristic, packed_bytes,
+                                  pack,       scratch_bytes, run,       run_alone, candidates};
 
 }  // namespace RF_ISA
 }  // namespace rf

@@ -19,7 +19,7 @@ struct Algorithm {
   void (*run)(const ConvArgs&, const Team&);
 };
 
-extern const Algorithm kDirect, kWinograd4, kWinograd4x2, kWinograd2, kWinograd4Strided, kGrouped, kStem;
+extern const Algorithm kDirect, kWinograd4, kWinograd4x2, kWinograd2, kWinograd4Strided, kGrouped, kStem, kWinogradStem;
 
 // Bytes rounded up to an odd number of cache lines: buffers a power of two apart would share cache sets.
 RF_INLINE size_t odd_lines(size_t bytes) { return (ceil_div(bytes, size_t(64)) | 1) * 64; }

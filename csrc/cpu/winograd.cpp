@@ -4,6 +4,10 @@
 namespace rf {
 namespace RF_ISA {
 
+template RF_TRANSFORMS(Line4, Line4, float, float);
+template RF_TRANSFORMS(Line2, Line2, float, float);
+template RF_TRANSFORMS(LineStrided4, LineStrided4, float, float);
+
 void winograd2_bf16(const ConvArgs&, const Team&);  // winograd_bf16.cpp
 void winograd4x2_bf16(const ConvArgs&, const Team&);
 void winograd4_strided_bf16(const ConvArgs&, const Team&);

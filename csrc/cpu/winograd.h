@@ -134,5 +134,16 @@ TileTransforms<T, Element> tile_transforms(int h, int w) {
   return found;
 }
 
+// Compiled once, in winograd.cpp and winograd_bf16.cpp.
+template <class T, class Word>
+using TransformsOf = TileTransforms<T, typename WordOf<Word>::Element>;
+#define RF_TRANSFORMS(H, W, T, Word) TransformsOf<T, Word> tile_transforms<H, W, T, WordOf<Word>::Element>(int, int)
+extern template RF_TRANSFORMS(Line4, Line4, float, float);
+extern template RF_TRANSFORMS(Line2, Line2, float, float);
+extern template RF_TRANSFORMS(LineStrided4, LineStrided4, float, float);
+extern template RF_TRANSFORMS(Line4, Line2, bf16, Bf16Word);
+extern template RF_TRANSFORMS(Line2, Line2, bf16, Bf16Word);
+extern template RF_TRANSFORMS(LineStrided4, LineStrided4, bf16, Bf16Word);
+
 }  // namespace RF_ISA
 }  // namespace rf

@@ -5,6 +5,10 @@
 namespace rf {
 namespace RF_ISA {
 
+template RF_TRANSFORMS(Line4, Line2, bf16, Bf16Word);
+template RF_TRANSFORMS(Line2, Line2, bf16, Bf16Word);
+template RF_TRANSFORMS(LineStrided4, LineStrided4, bf16, Bf16Word);
+
 void winograd2_bf16(const ConvArgs& a, const Team& team) { WinogradRun<Line2, Line2, bf16, Bf16Word>(a, team).run(); }
 void winograd4x2_bf16(const ConvArgs& a, const Team& team) { WinogradRun<Line4, Line2, bf16, Bf16Word>(a, team).run(); }
 void winograd4_strided_bf16(const ConvArgs& a, const Team& team) {

@@ -7,7 +7,8 @@
 //                 a direct sum: the polynomials have one degree less.
 // The last tile of a line may have fewer outputs: F(r, 3) on some of the points costs as many products as it needs. Its
 // filters are those points' filters of the whole F(4, 3); what their normalisation owes to the absent points,
-// prod (p - p_absent), is made good in B^T.
+// prod (p - p_absent), is made good in B^T. The portable build has whole tiles only: it need not be fast, and g++ takes a
+// minute over the others.
 // A sub-line has r outputs: 4 and 3 have both pairs of points, 2 and 1 the first; 4 and 2 have infinity.
 #pragma once
 #include "conv_algorithms.h"
@@ -58,12 +59,12 @@ struct TwoPairs {
 // kZero and kPairs: how many points 0 and +-p; kOdd: inputs that are products themselves; kInfinity: its place.
 struct Line4 : TwoPairs<Line4> {
   static constexpr int kOut = 4, kIn = 6, kStride = 1, kFirst = 1, kZero = 1, kPairs = 2, kOdd = 0, kInfinity = 5;
-  static constexpr bool kTails = true;
+  static constexpr bool kTails = kLanes > 4;
   static constexpr float kA = 0.75f, kB = 1.5f;
 };
 struct LineStrided4 : TwoPairs<LineStrided4> {
   static constexpr int kOut = 4, kIn = 9, kStride = 2, kFirst = 0, kZero = 0, kPairs = 2, kOdd = 4, kInfinity = 4;
-  static constexpr bool kTails = true;
+  static constexpr bool kTails = kLanes > 4;
   static constexpr float kA = 0.5f, kB = 1.5f;
 };
 struct Line2 {
