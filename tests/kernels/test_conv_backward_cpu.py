@@ -195,7 +195,7 @@ def pack_pair(sizes, algorithm, dense, wanted_strides, address, threads, dtype=0
 
 
 @pytest.mark.parametrize("channels", [(64, 64), (45, 33), (16, 130), (256, 256)], ids=str)
-@pytest.mark.parametrize("name", ["direct", "winograd2", "winograd4", "winograd4x2"])
+@pytest.mark.parametrize("name", ["direct", "winograd2", "winograd4", "winograd4x2", "winograd4_strided"])
 def test_strided_packing_has_conv_packs_bits(name, channels):
     """Forward and exchanged filters, channels_last and contiguous."""
     algorithm = _C.conv_algorithms().index(name)
@@ -203,8 +203,9 @@ def test_strided_packing_has_conv_packs_bits(name, channels):
     for layout in (torch.channels_last, torch.contiguous_format):
         w = torch.randn(k, c, 3, 3).contiguous(memory_format=layout)
         sk, sc, sr, ss = w.stride()
-        forward = [1, 8, 8, c, k, 3, 3, 8, 8, 1, 1, 1, 1, 1, 1, 1]
-        backward = [1, 8, 8, k, c, 3, 3, 8, 8, 1, 1, 1, 1, 1, 1, 1]
+        p, step = (4, 2) if name == "winograd4_strided" else (8, 1)
+        forward = [1, 8, 8, c, k, 3, 3, p, p, step, step, 1, 1, 1, 1, 1]
+        backward = [1, 8, 8, k, c, 3, 3, p, p, step, step, 1, 1, 1, 1, 1]
         able = [dtype for dtype in (0, 1) if _C.conv_pack_strided_why_not(forward, dtype, algorithm) is None]
         pairs = c % 2 == 0 or _C.isa() != "avx512_bf16"  # elsewhere bf16 filters are packed as floats
         assert (0 in able) == (name != "winograd4x2") and (1 in able) == (name != "winograd4" and pairs)
@@ -238,17 +239,25 @@ def test_data_gradient_by_a_convolution(name):
     assert ((dx.double() - exact).abs().max() / exact.abs().max()).item() <= 3e-6
 
 
-@pytest.mark.parametrize("name,dtype", [("winograd4", DTYPES[0]), ("winograd2", DTYPES[1]), ("winograd4x2", DTYPES[1])])
+STREAMED = [
+    ("winograd4", DTYPES[0]), ("winograd2", DTYPES[1]), ("winograd4x2", DTYPES[1]),
+    ("winograd4_strided", DTYPES[0]), ("winograd4_strided", DTYPES[1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,dtype", STREAMED)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("given", [(2, 488, 7, 7, 520), (1, 600, 9, 10, 450)], ids=str)
 def test_filters_packed_a_panel_at_a_time(given, layout, name, dtype):
     """The bits of packing them whole: shift, residual and ReLU too, for any number of threads, from NaN-filled scratch."""
     n, c, h, w, k = given
     number = DTYPES.index(dtype)
-    algorithm, shape = _C.conv_algorithms().index(name), [n, h, w, c, k, 3, 3, h, w, 1, 1, 1, 1, 1, 1, 1]
+    step = 2 if name == "winograd4_strided" else 1
+    p, q = (h + step - 1) // step, (w + step - 1) // step
+    algorithm, shape = _C.conv_algorithms().index(name), [n, h, w, c, k, 3, 3, p, q, step, step, 1, 1, 1, 1, 1]
     x = randn(n, c, h, w, dtype=dtype).to(memory_format=torch.channels_last)
     filters, shift = torch.randn(k, c, 3, 3).contiguous(memory_format=layout), torch.randn(k)
-    residual = randn(n, k, h, w, dtype=dtype).to(memory_format=torch.channels_last)
+    residual = randn(n, k, p, q, dtype=dtype).to(memory_format=torch.channels_last)
     packed = aligned(_C.conv_packed_bytes(shape, number, algorithm))
     _C.conv_pack_strided(shape, algorithm, packed.data_ptr(), filters.data_ptr(), *filters.stride(), 2, number)
     config = (algorithm, 0, 0, 0)

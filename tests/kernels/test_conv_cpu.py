@@ -86,9 +86,17 @@ CASES = [
     Case(1, 8, 8, 16, 32, 3, 3, pad=(3, 2)),
     Case(2, 15, 16, 32, 64, 3, 3, stride=(2, 2), pad=(1, 1)),
     Case(1, 11, 7, 6, 20, 3, 3, stride=(1, 2), pad=(1, 1)),
+    Case(3, 13, 11, 40, 70, 3, 3, stride=(2, 2), pad=(1, 1)),
+    Case(1, 28, 9, 17, 35, 3, 3, stride=(2, 2), pad=(1, 1)),
+    Case(2, 2, 3, 8, 8, 3, 3, stride=(2, 2), pad=(2, 1)),
+    Case(2, 14, 15, 24, 16, 3, 3, stride=(2, 2)),
+    Case(5, 14, 14, 33, 40, 3, 3, **P1),
+    Case(1, 6, 15, 16, 32, 3, 3, **P1),
     Case(1, 16, 16, 24, 16, 3, 3, pad=(2, 2), dilation=(2, 2)),
     Case(1, 33, 35, 3, 64, 7, 7, stride=(2, 2), pad=(3, 3)),
     Case(2, 20, 18, 3, 40, 7, 7, stride=(2, 2), pad=(3, 3)),
+    Case(1, 12, 130, 3, 9, 5, 7, stride=(1, 2), pad=(0, 1)),
+    Case(1, 9, 3, 3, 33, 7, 7, stride=(2, 2), pad=(3, 4)),
     Case(2, 16, 17, 3, 16, 3, 3, **P1),
     Case(1, 5, 6, 3, 7, 3, 3, stride=(3, 1), dilation=(2, 1)),
     Case(1, 9, 8, 7, 5, 4, 2, pad=(2, 1)),
@@ -174,8 +182,13 @@ def largest(error: torch.Tensor) -> float:
 # are free. The law (twice eager's error and one rounding) is kept in rms; the largest error of a thousand outputs is a
 # draw against a draw of eager's: with one rounding free a dozen of 395 repeats had one outside, with three none of 230.
 # Winograd also rounds in its transforms, whatever the depth: its worst was 12 times eager's error on 8 channels of
-# one pixel, and 29 times on a single channel, which it therefore refuses. Its rms bound is the one it states.
-LIMITS = {"winograd4": (6.0, 12.0, 10), "winograd2": (2.5, 4.0, 3)}
+# one pixel, and 29 times on a single channel, which it therefore refuses. Its rms bound is the one it states. In bf16
+# the law holds in rms where channels are as few as here; the largest error of F(4x2) was once 2.2 times eager's.
+LIMITS = {
+    ("winograd4", torch.float32): (6.0, 12.0, 10), ("winograd2", torch.float32): (2.5, 4.0, 3),
+    ("winograd4_strided", torch.float32): (3.5, 7.0, 6), ("winograd_stem", torch.float32): (2.0, 4.0, 3),
+    ("winograd4x2", torch.bfloat16): (2.0, 3.5, 1), ("winograd4_strided", torch.bfloat16): (2.0, 3.5, 1),
+}  # fmt: skip
 
 
 def rms(error: torch.Tensor) -> float:
@@ -186,7 +199,8 @@ class Pool:
     """Errors of one algorithm, ours and eager's, over several draws: of a few outputs either one's is luck."""
 
     def __init__(self, algorithm: int, dtype: torch.dtype):
-        self.limits = LIMITS.get(NAMES[algorithm], (2.0, 2.0, 3)) if dtype == torch.float32 else (2.0, 2.0, 1)
+        usual = (2.0, 2.0, 3 if dtype == torch.float32 else 1)
+        self.limits = LIMITS.get((NAMES[algorithm], dtype), usual)
         self.dtype, self.parts = dtype, [[], [], []]
 
     def add(self, case: Case, y: torch.Tensor, **operands) -> bool:
@@ -256,6 +270,7 @@ def test_threads_and_blocks_change_no_bit(case, dtype, algorithm):
 STATED = [
     ("winograd4", torch.float32, 6.0), ("winograd2", torch.float32, 2.5), ("direct", torch.float32, 1.5),
     ("winograd4x2", torch.bfloat16, 3.5), ("winograd2", torch.bfloat16, 2.0), ("direct", torch.bfloat16, 1.1),
+    ("winograd4_strided", torch.float32, 3.5), ("winograd4_strided", torch.bfloat16, 3.0),
 ]  # fmt: skip
 
 
@@ -263,7 +278,16 @@ STATED = [
 @pytest.mark.parametrize("channels,size", [(64, 28), (256, 14), (512, 7)])
 def test_rms_error_of_a_layer(name, dtype, bound, channels, size):
     """The stated bound: rms error against float64 as a multiple of eager's, on a ResNet's 3x3 layers."""
-    case = Case(1, size, size, channels, 64, 3, 3, pad=(1, 1))
+    strided = name == "winograd4_strided"
+    case = Case(1, size, size, channels, 64, 3, 3, stride=(2, 2) if strided else (1, 1), pad=(1, 1))
+    assert_stated(name, dtype, bound, case)
+
+
+def test_rms_error_of_the_stem():
+    assert_stated("winograd_stem", torch.float32, 1.6, Case(1, 112, 112, 3, 64, 7, 7, stride=(2, 2), pad=(3, 3)))
+
+
+def assert_stated(name, dtype, bound, case):
     operands = {key: value for key, value in inputs(case, dtype).items() if key in "xw"}
     truth = reference(case, torch.float64, **operands)
     eager = (reference(case, dtype, **operands).double() - truth).pow(2).mean().sqrt()
@@ -332,14 +356,21 @@ def test_every_candidate_is_right():
                 check(case, config[0], dtype, draw)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_stem_reads_nchw(dtype):
-    stem, code = NAMES.index("stem"), DTYPES.index(dtype)
+@pytest.mark.parametrize("name,dtype", [("stem", DTYPES[0]), ("stem", DTYPES[1]), ("winograd_stem", DTYPES[0])])
+def test_stem_reads_nchw(name, dtype):
+    stem, code = NAMES.index(name), DTYPES.index(dtype)
     for case in (case for case in CASES if case.C == 3):
         planar = (*case.sizes, 1)
-        assert _C.conv_why_not(planar, code, stem) is None
+        wide = name == "winograd_stem"
         assert "NHWC" in _C.conv_why_not(planar, code, NAMES.index("direct"))
-        assert _C.conv_heuristic(planar, code, 2, False)[0] == stem
+        if wide and not (case.S == 7 and case.stride[1] == 2):
+            assert "7 wide and stride 2" in _C.conv_why_not(planar, code, stem)
+            continue
+        assert _C.conv_why_not(planar, code, stem) is None
+        seven = case.S == 7 and case.stride[1] == 2 and dtype == torch.float32
+        assert _C.conv_heuristic(planar, code, 2, not wide)[0] == (stem if wide or not seven else NAMES.index("stem"))
+        if not seven:
+            assert _C.conv_heuristic(planar, code, 2, False)[0] == stem
         operands = inputs(case, dtype)
         x, w = operands["x"], operands["w"]
         packed = aligned(_C.conv_packed_bytes(planar, code, stem) // 4)
