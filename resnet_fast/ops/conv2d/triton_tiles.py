@@ -89,9 +89,14 @@ def architecture_of(device: torch.device) -> int:
 
 
 def gemm_tiles(
-    m: int, n: int, k: int, channels: int, bytes_: int, ieee: bool, sm: int, groups: int, arch: int
-) -> list[Tile]:
-    """Candidates for GEMM_M x GEMM_N x GEMM_K with `channels` summed per tap, best guess first."""
+    m: int, n: int, k: int, channels: int, bytes_: int, ieee: bool, sm: int, groups: int, arch: int,
+    fits: Callable[[Tile], bool] = lambda tile: True,
+) -> list[Tile]:  # fmt: skip
+    """Candidates for GEMM_M x GEMM_N x GEMM_K with `channels` summed per tap, best guess first.
+
+    Args:
+        fits: whether the kernel has registers for a tile.
+    """
     if ieee:  # no matrix instructions: registers are the limit
         base = [Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2)]
     elif bytes_ == 4:
@@ -109,6 +114,7 @@ def gemm_tiles(
         if arch == 80:  # elsewhere 128 x 128 sums spill in four warps
             base.insert(1, Tile(128, 128, 32, 4, 4))
     widest = max(16, min(rooms.next_power_of_2(n), 128))
+    base = list(filter(fits, base))
     fitting = [_fit(t, n, channels, bytes_) for t in base if t.n <= widest] or [_fit(base[-1], n, channels, bytes_)]
     best: dict[Tile, float] = {}
     for t in dict.fromkeys(fitting):
@@ -149,14 +155,18 @@ def _fit(t: Tile, n: int, channels: int, bytes_: int) -> Tile:
 
 
 def wgrad_tiles(
-    k: int, n: int, pixels: int, parts: int, taps: int, bytes_: int, ieee: bool, sm: int, arch: int
-) -> list[Tile]:
+    k: int, n: int, pixels: int, parts: int, taps: int, bytes_: int, ieee: bool, sm: int, arch: int,
+    prologue: bool = False,
+) -> list[Tile]:  # fmt: skip
     """Candidates for dw: k filters x n columns per tap (or row), `parts` of those (taps / TAPS times groups)."""
     if ieee:
         base = [Tile(32, 32, 16, 4, 2)]
     elif bytes_ == 4:
         wide = 64 if taps == 1 else 32  # three float32 sums of 64 x 64 spill on sm_100
         base = [Tile(64, wide, 32, 4, 2), Tile(32, 32, 32, 4, 2)]
+    elif taps == 3 and prologue and 80 <= arch < 90:
+        # Three sums of 64 x 64 and three tiles on their way through registers, 64 deep, are too much: 32 to 64 bytes spill.
+        base = [Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3), Tile(64, 32, 64, 4, 3)]
     elif taps == 3:
         base = [Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3), Tile(64, 32, 64, 4, 3)]  # the last: half the parts
     else:
