@@ -25,7 +25,6 @@ from torch import Tensor
 from resnet_fast.ops import triton_common as rooms
 from resnet_fast.ops.add_relu import triton as add_relu
 from resnet_fast.ops.bn_act import triton as bn_act
-from resnet_fast.ops.bn_act_conv2d import triton as bn_act_conv2d
 from resnet_fast.ops.bn_act_global_avg_pool2d import triton as bn_act_global_avg_pool2d
 from resnet_fast.ops.bn_act_max_pool2d import triton as bn_act_max_pool2d
 from resnet_fast.ops.conv2d import triton as conv2d
@@ -196,9 +195,9 @@ def convolution_launches(layer: tuple, dtype: torch.dtype) -> list[Launch]:
                 norm = _meta(c)
                 before = conv2d.prologue(norm, norm, norm, norm, 1e-5)
                 conv2d.forward_statistics(x, weight, None, *geometry, before)
-                for training in (True, False):
-                    given = (y, x, norm, norm, norm, norm, weight, False, training, 1e-5)
-                    bn_act_conv2d.bwd(*given, *geometry, [True] * 4 + [False])
+                conv2d.weight_gradient(y, x, weight, *geometry, before)
+                for known in (False, True):
+                    conv2d.data_gradient(y, x, conv2d.krsc(weight), *geometry, before, known, True)
             elif dtype != torch.float32:
                 norm, pool = (vector, vector, vector, vector), [3, 3, 2, 2, 1, 1, 1, 1, (p + 1) // 2, (p + 1) // 2]
                 none = (None,) * 4
