@@ -9,6 +9,7 @@ from law import within_law
 from resnet_fast.ops.bn_act import eager as bn_eager
 from resnet_fast.ops.bn_act_conv2d import eager as chain_eager
 from resnet_fast.ops.conv2d import eager as conv_eager
+from resnet_fast.ops.conv2d import triton_tiles
 from resnet_fast.ops.conv2d.triton_tiles import gemm_tiles
 from resnet_fast.ops.conv_bn_act import eager as fused_eager
 from resnet_fast.ops.max_pool2d.op import output_size
@@ -178,7 +179,7 @@ def check_prologue(name, dtype, training=True, affine=True, bias=True, device="c
 
 def check_prologue_backward(
     name, dtype, training=True, affine=True, wants=(True,) * 5, vectors=torch.float32, nan=False, bitwise=False,
-    device="cpu", seed=0,
+    way="prologue", device="cpu", seed=0,
 ):  # fmt: skip
     """bn_act_conv2d's backward against float64.
 
@@ -205,7 +206,8 @@ def check_prologue_backward(
     norm = (gamma, beta, mean, var)
     arguments = (dout, z, *norm, weight, True, training, 1e-5, *geometry, list(wants))
     assert room("bn_act_conv2d").why_not("bwd", *arguments) is None
-    ours = room("bn_act_conv2d").bwd(*arguments)
+    with triton_tiles.way(way):
+        ours = room("bn_act_conv2d").bwd(*arguments)
     eager = chain_eager.bwd(*arguments)
     truth = chain_eager.bwd(*(double(t)[0] if isinstance(t, torch.Tensor) else t for t in arguments))
     y = room("bn_act").fwd(z, *norm, None, False, 1e-5, True)[0]

@@ -20,7 +20,7 @@ from conv_cases import (
     every_tile,
 )
 
-from resnet_fast.ops.conv2d.triton_tiles import Tile, use, wgrad_tiles
+from resnet_fast.ops.conv2d.triton_tiles import Tile, use, way, wgrad_tiles
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_compulsory_bytes_of_the_norms_backward(simulator, training):
     z, weight = random((1, 64, 12, 12), torch.bfloat16, 0), random((64, 64, 3, 3), torch.bfloat16, 1)
     weight, vectors = weight.contiguous(memory_format=torch.channels_last), [torch.ones(64) for _ in range(4)]
     given = (z, z.clone(), *vectors, weight, False, training, 1e-5, [1, 1], [1, 1], [1, 1], 1)
-    with simulator.running(5) as reports, use(Tile(64, 64, 64, 4, 3)):
+    with simulator.running(5) as reports, use(Tile(64, 64, 64, 4, 3)), way("prologue"):
         room("bn_act_conv2d").bwd(*given, [True, True, True, True, False])
     found, vectors, map_ = dict(reports), 3 * 4 * 64, 2 * z.numel()
     apply = ["bn_backward_apply"] if training else []
@@ -223,17 +223,21 @@ def check_tile(simulator, tile, dtype, order):
         check_chain(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), dtype)
         check_prologue(((2, 128, 9, 11), (128, 128, 1, 1), 1, 0, 1, 1), dtype)
         check_floor(reports)
-    if tile.split > 1 or tile.m * tile.n > 2048 * tile.warps:  # the norm's backward: never split, few sums a thread
+    if tile.split > 1:  # the norm's backward never is; it has fewer sums a thread
         return
-    known, wants = order % 2 == 0, (True, True, True, False, False)
-    with simulator.running(order + 2) as reports, use(tile):
-        check_prologue_backward(((1, 64, 9, 11), (64, 64, 3, 3), 1, 1, 1, 1), dtype, known, wants=wants)
-        check_prologue_backward(((1, 128, 9, 11), (64, 128, 1, 1), 1, 0, 1, 1), dtype, not known, wants=wants)
+    known, wants, size = order % 2 == 0, (True, True, True, False, False), tile.m * tile.n
+    wide = replace(tile, warps=4 if size <= 4096 else 8)
+    with simulator.running(order + 2) as reports:
+        if size <= min(2048 * tile.warps, 8192 if dtype == torch.float32 else 16384):
+            with use(tile):
+                check_prologue_backward(((1, 64, 9, 11), (64, 64, 3, 3), 1, 1, 1, 1), dtype, True, wants=wants)
+        if size <= 8192:
+            with use(wide):
+                check_prologue_backward(((1, 128, 9, 11), (64, 128, 1, 1), 1, 0, 1, 1), dtype, False, wants=wants)
+        if size <= (8192 if known or dtype == torch.float32 else 16384):
+            with use(wide):
+                check_prologue_backward(((1, 64, 9, 11), (64, 64, 3, 3), 2, 1, 1, 1), dtype, not known, wants=wants)
         check_floor(reports)
-    if tile.m * tile.n <= 8192:
-        with simulator.running(order + 3) as reports, use(replace(tile, warps=4 if tile.m * tile.n <= 4096 else 8)):
-            check_prologue_backward(((1, 64, 9, 11), (64, 64, 3, 3), 2, 1, 1, 1), dtype, known, wants=wants)
-            check_floor(reports)
 
 
 def test_tile(simulator, order):
@@ -293,7 +297,9 @@ def test_proof_weight_gradient_tiles_with_a_prologue(simulator, dtype, taps, ord
     tiles = dict.fromkeys(t for arch in architectures for t in every_wgrad_tile(dtype.itemsize, taps, True, arch))
     for i, tile in enumerate(tiles):
         with simulator.running(order + i) as reports, use(replace(tile, split=1 + i % 2)):  # both sums in one order
-            check_prologue_backward(((1, 128, 7, 9), (128, 128, taps, taps), 1, taps // 2, 1, 1), dtype, wants=wants, bitwise=True)
+            check_prologue_backward(
+                ((1, 128, 7, 9), (128, 128, taps, taps), 1, taps // 2, 1, 1), dtype, wants=wants, bitwise=True
+            )
             check_floor(reports)
 
 

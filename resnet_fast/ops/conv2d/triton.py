@@ -101,23 +101,23 @@ def launch_gather(
 
 
 def _candidates(
-    source: Tensor, rows: int, geometry: dict[str, int], groups: int, reduces: bool = False
+    source: Tensor, rows: int, geometry: dict[str, int], groups: int, reduces: bool = False, fixed: bool = False
 ) -> list[tiles.Tile]:
-    strided, arch = geometry["OH"] * geometry["OW"] > 1, tiles.architecture_of(source.device)
+    eight = geometry["OH"] * geometry["OW"] > 1 or fixed  # warps, for all but the smallest tiles
 
     def fits(t: tiles.Tile) -> bool:
-        # The backward of a norm in the epilogue holds z beside the sums: 128 of them a thread spill 1 KB. 64 spill 40 bytes
-        # where a stride's residue classes are four such epilogues (they get 8 warps below), and 8 in float32 on sm_100.
-        few = strided or (source.element_size() == 4 and arch >= 100)
-        return not reduces or t.m * t.n <= (8192 if few else 2048 * t.warps)
+        # The backward of a norm in the epilogue holds z beside the sums: 128 of them a thread spill 400 to 900 bytes, 64 up to
+        # 170 in float32 or where the epilogue finds dz, too.
+        most = 16384 if eight else 2048 * t.warps
+        return not reduces or t.m * t.n <= (8192 if fixed or source.element_size() == 4 else most)
 
     ieee = source.dtype == torch.float32 and precision(source) == "ieee"
     sum_length = geometry["U"] * geometry["V"] * geometry["CG"]
     found = tiles.gemm_tiles(
         rows, geometry["NG"], sum_length, geometry["CG"], source.element_size(), ieee,
-        rooms.multiprocessors(source.device), groups, arch, fits,
+        rooms.multiprocessors(source.device), groups, tiles.architecture_of(source.device), fits,
     )  # fmt: skip
-    if not geometry["RUN"] and not strided:
+    if not geometry["RUN"] and not eight:
         return found
     # A run is copied in 4-byte pieces, each with a pointer, and residue classes are four loops in one kernel: more than
     # a large tile of four warps has registers for.
@@ -304,7 +304,7 @@ def data_gradient(
 
     key = f"data gradient {precision(x)} {x.dtype} {list(x.shape)} {list(weight.shape)} {stride} {padding} {dilation}"
     key += f" {groups}" + (f" before {fixed} {sums}" if before else "")
-    tiles.choose(key, _candidates(dy, n * h * w, geometry, groups, before is not None), run, x.device)
+    tiles.choose(key, _candidates(dy, n * h * w, geometry, groups, before is not None, fixed), run, x.device)
     return dx, part
 
 

@@ -126,16 +126,17 @@ def finish_tile_statistics(
 
 @triton.jit
 def finish_tile_norm_backward(
-    acc, out_ptr, z_ptr, part_ptr, mean, scale, shift, offs, mask, rows, offs_n, mask_n, chunk, chunks,
+    acc, out_ptr, z_ptr, part_ptr, mean, scale, shift, offs, mask, rows, offs_n, mask_n, chunk, chunks, M,
     CO: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of y = relu(bn(z)): store it, and its sums as bn_act's backward reduces them, of the values as stored.
 
     g = dy where the ReLU passed; part[0] = sum g, part[1] = sum g (z - mean) of the tile's rows (None: not wanted). FIXED: the
-    norm's statistics are known, and what is stored is dz = g scale itself. Reading z pins the tile to the layout of the
-    stores, as the load of `finish_tile_statistics` does.
+    norm's statistics are known, and what is stored is dz = g scale itself. The load that never executes is as in
+    `finish_tile_statistics`; without it z goes through shared memory to the accumulator's layout, and both sums back.
     """
     out = acc.to(out_ptr.dtype.element_ty)
+    out += tl.load(out_ptr + offs, mask=mask & (M < 0), other=0.0)
     d = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
     g = tl.where(tl.fma(d, scale[None, :], shift[None, :]) <= 0, 0.0, out.to(tl.float32))  # keeps NaN
     if FIXED:
@@ -321,7 +322,7 @@ def gather_gemm(
             mean, scale, shift = load_norm(pre_mean_ptr, pre_scale_ptr, pre_shift_ptr, offs_n, mask_n)
             finish_tile_norm_backward(
                 acc, out_ptr, z_ptr, part_ptr, mean, scale, shift, offs, mask, mask_m[:, None], offs_n, mask_n,
-                pid_m * CLASSES + tl.program_id(0) % CLASSES, tl.num_programs(0) // NUM_N, CO, FIXED,
+                pid_m * CLASSES + tl.program_id(0) % CLASSES, tl.num_programs(0) // NUM_N, M, CO, FIXED,
             )  # fmt: skip
         elif part_ptr is not None:
             finish_tile_statistics(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from resnet_fast import _choices
 from resnet_fast.ops import triton_common as rooms
@@ -36,6 +37,7 @@ class Tile:
 _forced: Tile | None = None
 _every = False
 _architecture: int | None = None
+_way: str | None = None
 #: An A100's, for the order of candidates: flops per second and multiprocessor, bytes per second.
 PEAK_16, PEAK_IEEE, BANDWIDTH = 2.9e12, 0.18e12, 2e12
 NEAR = 1.15  # times within so much of each other are equal: the model knows no better
@@ -63,6 +65,17 @@ def every_candidate() -> Iterator[None]:
         yield
     finally:
         _every = before
+
+
+@contextmanager
+def way(name: str) -> Iterator[None]:
+    """Take this way wherever `pick` has it; for tests and tables."""
+    global _way
+    before, _way = _way, name
+    try:
+        yield
+    finally:
+        _way = before
 
 
 @contextmanager
@@ -202,33 +215,42 @@ def choose(key: str, tiles: list[Tile], run: Callable[[Tile], None], device: tor
         for tile in tiles:
             run(tile)
         return
-    if len(tiles) == 1 or device.type != "cuda":
-        run(tiles[0])
-        return
     by_name = {str(t): t for t in tiles}
-    known = _choices.get(f"triton tile|{key}")
-    if known in by_name:
-        run(by_name[known])
-    elif not _choices.measuring() or torch.cuda.is_current_stream_capturing():
-        run(tiles[0])
-    else:
-        best = min(tiles, key=lambda t: _seconds(run, t))
-        _choices.put(f"triton tile|{key}", str(best))
-        run(best)
+    run(by_name[_fastest(f"triton tile|{key}", list(by_name), lambda name: run(by_name[name]), device)])
 
 
-def _seconds(run: Callable[[Tile], None], tile: Tile) -> float:
+def pick(key: str, ways: dict[str, Callable[[], Tensor]], device: torch.device) -> Tensor:
+    """Compute something in the fastest of several ways, found as tiles are; without a measurement in the first."""
+    if _way in ways:
+        return ways[_way]()
+    return ways[_fastest(f"triton way|{key}", list(ways), lambda name: ways[name](), device)]()
+
+
+def _fastest(key: str, names: list[str], run: Callable[[str], object], device: torch.device) -> str:
+    if len(names) == 1 or device.type != "cuda":
+        return names[0]
+    known = _choices.get(key)
+    if known in names:
+        return known
+    if not _choices.measuring() or torch.cuda.is_current_stream_capturing():
+        return names[0]
+    best = min(names, key=lambda name: _seconds(run, name))
+    _choices.put(key, best)
+    return best
+
+
+def _seconds(run: Callable[[str], object], name: str) -> float:
     from triton.runtime.errors import OutOfResources
 
     try:
-        run(tile)  # compiles
+        run(name)  # compiles
     except OutOfResources:  # a card with less shared memory than the table was made for
         return float("inf")
     times = []
     for _ in range(3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        run(tile)
+        run(name)
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))

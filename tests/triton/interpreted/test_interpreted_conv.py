@@ -148,6 +148,40 @@ def test_prologue_backward_wants(bits):
     check_prologue_backward(small, torch.float32, bits % 2 == 0, wants=wants, seed=bits)
 
 
+@pytest.mark.parametrize("name", ["3x3", "1x1"])
+def test_prologue_backward_from_a_stored_activation(name):
+    """The weight gradient's other way, for filters whose prologue has a mask."""
+    check_prologue_backward(name, torch.float16, way="stored", seed=3)
+
+
+def test_prologue_backward_is_taken_without_a_measurement(monkeypatch):
+    """Backward whole, forward by its parts; asked for by name both whole."""
+    from resnet_fast import backends
+
+    monkeypatch.setenv("RESNET_FAST_TUNE", "0")
+    z, weight = random((1, 8, 5, 5), torch.float32, 0), random((8, 8, 3, 3), torch.float32, 1)
+    for name, forward in (("auto", False), ("triton", True)):
+        x = z.clone().requires_grad_()
+        with use_backend(name), backends.record() as events:
+            functional.bn_act_conv2d(x, None, None, None, None, weight, training=True, padding=1).sum().backward()
+        assert ("bn_act_conv2d", "bwd", "triton") in events
+        assert (("bn_act_conv2d", "fwd", "triton") in events) == forward
+
+
+def test_prologue_pays_by_counted_work():
+    """1x1 always; 3x3 where the map is large for its channels, or is read at a stride."""
+    from resnet_fast.ops.bn_act_conv2d import triton
+
+    def pays(c, h, k, taps, stride=1):
+        z, weight = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((32, c, h, h), (k, c, taps, taps)))
+        dout = torch.empty(32, k, h // stride, h // stride, dtype=torch.bfloat16, device="meta")
+        return triton._prologue_pays(dout, z, weight, [stride] * 2, [taps // 2] * 2, [1, 1], 1)
+
+    assert pays(64, 56, 256, 1) and pays(512, 7, 2048, 1)
+    assert pays(64, 56, 64, 3) and pays(128, 56, 128, 3, 2)
+    assert not pays(128, 28, 128, 3) and not pays(512, 7, 512, 3)
+
+
 def test_prologue_backward_merges_in_two_levels(monkeypatch):
     monkeypatch.setattr(room("bn_act"), "MERGE", (2, 16))
     with use(Tile(16, 16, 16)):
