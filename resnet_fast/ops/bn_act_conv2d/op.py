@@ -39,7 +39,8 @@ def bn_act_conv2d(
         statistics as in `bn_act`, in training over the processes of `group`.
     Cost:
         Forward as `bn_act` and `conv2d`. Saved for backward: z and two vectors; the activation, which torch keeps, is
-        computed again in backward: one more read and write of it, for as many bytes less held.
+        computed again in backward: one more read and write of it, for as many bytes less held. In the triton room it is
+        computed as tiles are loaded, and backward moves fewer bytes than its parts (README).
     Raises:
         As `conv2d` and `bn_act`.
     Source:

@@ -3,7 +3,8 @@
 One kernel serves both, because both gather: the row (n, i, j) of the output reads the input at (i SH + H0 + u TH,
 j SW + W0 + v TW) for every tap (u, v), and sums over the channels there. Bytes: input, weights, residual read once from
 memory (taps of a tile hit the cache), output written once; 2 GEMM_M GEMM_N GEMM_K flops.
-A prologue (relu(bn(in)) on the loaded tile) saves a network's normalised activations a write and a read.
+A prologue (relu(bn(in)) on the loaded tile) saves a network's normalised activations a write and a read; an epilogue of the data
+gradient sums what that norm's backward wants.
 The idea: ONE loop over taps and channel blocks, so that the asynchronous copies never drain; the validity of each row at
 each tap is a bit computed once and shifted along; pointers are incremented; sizes are constants of the compilation.
 Tried and lost: a loop over channels inside a loop over taps (no asynchronous copies at C = BLOCK_K, spills on sm_100);

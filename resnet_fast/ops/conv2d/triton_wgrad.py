@@ -4,6 +4,7 @@ A GEMM whose long side, the output pixels, is the reduction: it is split among p
 are added in a fixed order by a second kernel. Bytes: dy and x once from memory, the partials twice; flops as forward.
 The idea: dy is loaded already transposed (a transposition after the load would lose the asynchronous copy); pixel
 indices are incremented with carries instead of divided; TAPS = 3 taps of a filter row share dy and the indices.
+A prologue normalises x (its vectors do not change in the loop), so that backward needs no activation in memory.
 Tried and lost: atomics (not deterministic); one tap per program for 3x3 filters (dy read 9 times instead of 3).
 """
 
