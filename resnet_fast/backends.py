@@ -174,8 +174,8 @@ def run(op: str, door: str, *args: Any) -> Any:
 def run_whole(op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
     """Run a door of a composed operator in one room where one has it whole, else by `parts()`, other operators' doors.
 
-    Where both are possible the faster is measured once, as everywhere; without a measurement it is the parts. (The eager
-    room is the specification; its parts have eager rooms of their own.)
+    Where both are possible the faster is measured once, as everywhere; without a measurement it is the parts, or the room
+    where it says so (`whole_unmeasured(door)`). (The eager room is the specification; its parts have eager rooms of their own.)
     """
     name = forced()
     rooms = ORDER if name is None else (name,)
@@ -191,6 +191,8 @@ def run_whole(op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
         choice = _fastest([*able, "parts"], lambda r: parts() if r == "parts" else _call(op, r, door, args), args)
         log.debug("%s -> %s", key, choice)
         _choices.put(key, choice)
+    if choice is None:
+        choice = next((r for r in able if getattr(room(op, r), "whole_unmeasured", lambda door: False)(door)), None)
     return _call(op, choice, door, args) if choice in able else parts()
 
 

@@ -179,7 +179,8 @@ LAYERS = (
 
 def convolution_launches(layer: tuple, dtype: torch.dtype) -> list[Launch]:
     """Every candidate tile of a layer: the forward in evaluation with residual, in training with statistics and prologue,
-    data gradient, weight gradient; of a stem with its pool in one kernel, without prologue and data gradient."""
+    data gradient and weight gradient, both also with the norm before the layer (its statistics the batch's, and known);
+    of a stem with its pool in one kernel, without prologue and data gradient."""
     _, n, c, h, k, r, stride, padding = layer
     x, weight, vector = _meta(n, c, h, h, dtype=dtype), _meta(k, c, r, r, dtype=dtype), _meta(k)
     geometry = ([stride] * 2, [padding] * 2, [1, 1], 1)
@@ -194,6 +195,9 @@ def convolution_launches(layer: tuple, dtype: torch.dtype) -> list[Launch]:
                 norm = _meta(c)
                 before = conv2d.prologue(norm, norm, norm, norm, 1e-5)
                 conv2d.forward_statistics(x, weight, None, *geometry, before)
+                conv2d.weight_gradient(y, x, weight, *geometry, before)
+                for known in (False, True):
+                    conv2d.data_gradient(y, x, conv2d.krsc(weight), *geometry, before, known, True)
             elif dtype != torch.float32:
                 norm, pool = (vector, vector, vector, vector), [3, 3, 2, 2, 1, 1, 1, 1, (p + 1) // 2, (p + 1) // 2]
                 none = (None,) * 4
@@ -251,8 +255,12 @@ def tile_of(launch: Launch) -> str:
     """The tile of a launch, and a convolution's form, in a few words."""
     blocks = [str(v) for k, v in launch.constants.items() if k.startswith("BLOCK")]
     split = launch.constants.get("SPLIT", 1)
-    forms = (("pre_scale_ptr", " prologue"), ("part_ptr", " statistics"))
-    form = "".join(word for name, word in forms if launch.name == "gather_gemm" and launch.args.get(name) is not None)
+    form = ""
+    if launch.args.get("z_ptr") is not None:
+        form = " known norm's backward" if launch.constants["FIXED"] else " norm's backward"
+    elif launch.name in ("gather_gemm", "conv_weight_gradient"):
+        forms = (("pre_scale_ptr", " prologue"), ("part_ptr", " statistics"))
+        form = "".join(word for name, word in forms if launch.args.get(name) is not None)
     return "x".join(blocks) + (f" split {split}" if split > 1 else "") + form
 
 

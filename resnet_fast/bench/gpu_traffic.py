@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from resnet_fast import backends
 from resnet_fast.bench.gpu_resources import record
 from resnet_fast.ops import triton_common
+from resnet_fast.ops.conv2d import triton_tiles
 
 
 def bytes_of(*tensors: Tensor | None) -> int:
@@ -53,6 +54,13 @@ def floor(op: str, door: str, args: tuple[Any, ...], made: list[Tensor], kept: b
         dy, x, y = args[:3]
         again = (x, made[3]) if args[10][3] else (x, dy, y)
         return bytes_of(*given, *made) + (bytes_of(*again) if args[7] and args[10][0] else 0)
+    if (
+        op == "bn_act_conv2d" and door == "bwd"
+    ):  # dw from dout and z; dy from dout, its sums with z; then the apply pass
+        (dout, z, *vectors, weight), training, wants = args[:7], args[8], args[14]
+        first, apply = any(wants[:3]), training and wants[0]
+        inner = first * bytes_of(dout, weight, z) + apply * (bytes_of(z) + bytes_of(z, z))
+        return bytes_of(*vectors, *made) + inner + (wants[3] or wants[4]) * bytes_of(dout, z)
     if op == "conv2d" and door == "bwd":
         (dy, x, weight), wants = args[:3], args[8]
         return bytes_of(*made) + wants[0] * bytes_of(dy, weight) + (wants[1] or wants[2]) * bytes_of(dy, x)
@@ -64,7 +72,7 @@ class Traffic(TorchDispatchMode):
     """Collects (operator, floor, bytes by the launches) of every door called while the mode is on.
 
     A composed operator runs whole where its triton room takes it, but by its parts where that is a prologue and
-    `prologue` is not set.
+    `prologue` is not set; with it, all are prologues, those too which the room would leave out for time.
     """
 
     prologue: bool = False
@@ -99,7 +107,8 @@ class Traffic(TorchDispatchMode):
             out = getattr(room, door)(*args)
 
         kept = triton_common.kept_statistics(args[0]) is not None
-        launches = record(call)
+        with triton_tiles.way("prologue"):
+            launches = record(call)
         made = [out] if isinstance(out, Tensor) else list(out)
         self.rows.append(
             (f"{op}.{door}", floor(op, door, args, made, kept), sum(launch.traffic for launch in launches))

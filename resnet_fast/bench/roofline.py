@@ -9,8 +9,9 @@ left out). I, O: the inputs and outputs of all convolutions; R: the outputs a re
                           2 L ReLUs, 3 R additions, backward 5 O norms (reduce 2, apply 3), 3 L ReLUs
                fused      3 (I + O) convolutions, statistics in their epilogue, 2 O normalise-add-ReLU, 5 O its backward
                           (the mask recomputed), 2 R: residual read, its gradient written
-               prologue   as fused, but an output no residual is added to is normalised when the next convolution reads
-                          it: 2 (O - R) less
+               prologue   as fused, but an output no residual is added to is normalised when the next convolution and
+                          its weight gradient read it, 2 (O - R) less, and what the norm's backward sums is summed where
+                          the gradient is written, (O - R) less
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def elements(found: list[Layer]) -> dict[str, int]:
         "infer fused": i + o + r,
         "train eager": 3 * (i + o) + 8 * o + 5 * relu + 3 * r,
         "train fused": fused,
-        "train prologue": fused - 2 * (o - r),
+        "train prologue": fused - 3 * (o - r),
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from resnet_fast import exact, functional, use_backend
+from resnet_fast.ops.bn_act_conv2d import eager
 from resnet_fast.testing import check
 
 BACKENDS = ("auto", "eager")
@@ -68,6 +69,28 @@ def test_float32_by_the_law(case):
             lambda: inputs(**sizes),
             wants=("weight", "bias"),
         )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bits", [31, 1, 2, 4, 8, 16, 9, 22])
+def test_the_specifications_backward(bits, training):
+    """What rooms that run backward whole are held to is the gradient of the plain composition."""
+    given = {k: v.double().requires_grad_() for k, v in inputs().items()}
+    mean, var = (None, None) if training else (torch.randn(5).double(), torch.rand(5).double() + 0.5)
+    y = torch.relu(F.batch_norm(given["z"], mean, var, given["gamma"], given["beta"], training, 0.1, 1e-5))
+    out = F.conv2d(y, given["weight"], given["bias"], [2, 1], [1, 0], [1, 2])
+    dout = torch.randn_like(out)
+    want = dict(zip(given, torch.autograd.grad(out, list(given.values()), dout)))
+    z, gamma, beta, weight, _ = (t.detach() for t in given.values())
+    if training:
+        mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
+    wants = [bool(bits >> i & 1) for i in range(5)]
+    got = eager.bwd(dout, z, gamma, beta, mean, var, weight, True, training, 1e-5, [2, 1], [1, 0], [1, 2], 1, wants)
+    for name, a, wanted in zip(given, got, wants, strict=True):
+        if wanted:
+            torch.testing.assert_close(a, want[name])
+        else:
+            assert a.numel() == 0
 
 
 def test_gradcheck_twice():

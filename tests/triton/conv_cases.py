@@ -9,6 +9,7 @@ from law import within_law
 from resnet_fast.ops.bn_act import eager as bn_eager
 from resnet_fast.ops.bn_act_conv2d import eager as chain_eager
 from resnet_fast.ops.conv2d import eager as conv_eager
+from resnet_fast.ops.conv2d import triton_tiles
 from resnet_fast.ops.conv2d.triton_tiles import gemm_tiles
 from resnet_fast.ops.conv_bn_act import eager as fused_eager
 from resnet_fast.ops.max_pool2d.op import output_size
@@ -174,6 +175,68 @@ def check_prologue(name, dtype, training=True, affine=True, bias=True, device="c
     if room("conv2d").forward_geometry(z, weight, y.shape[2:], *geometry)["RUN"] or c == 3:
         return  # few channels: without a prologue another path sums in another order
     assert torch.equal(y, room("conv2d").fwd(activation, weight, b, *geometry)), "bit for bit the two operators"
+
+
+def check_prologue_backward(
+    name, dtype, training=True, affine=True, wants=(True,) * 5, vectors=torch.float32, nan=False, bitwise=False,
+    way="prologue", device="cpu", seed=0,
+):  # fmt: skip
+    """bn_act_conv2d's backward against float64.
+
+    dgamma and dbeta are sums of the stored dy: they are held to float64's of that very dy (of a few channels eager's error of
+    the whole chain is a draw). `bitwise`: all tiles are one, without a split; then dw, and dz with known statistics, are bit
+    for bit those of the two operators.
+    """
+    z, weight, geometry = given(name, dtype, seed, device)
+    c = z.shape[1]
+    gamma, beta = (random((c,), vectors, seed + 3 + i, device, 0.5, 1.0 - i) for i in range(2))
+    gamma, beta = (gamma, beta) if affine else (None, None)
+    mean, var = (t.float() for t in bn_eager.statistics(z))
+    if not training:
+        mean, var = (mean + random((c,), torch.float32, seed + 5, device, 0.3)).to(vectors), (var * 1.5).to(vectors)
+    # The mask is found from z; values a rounding away from zero may fall on either side of it.
+    kink = bn_eager.fwd(*double(z, gamma, beta, mean, var), None, False, 1e-5, False)[0]
+    rstd = (var.double() + 1e-5).rsqrt()
+    gain = (rstd if gamma is None else gamma.double() * rstd)[:, None, None]
+    z = torch.where(kink.abs() < 4 * torch.finfo(dtype).eps * kink.abs().max(), z + 1 / gain, z).to(dtype)
+    z = z.contiguous(memory_format=torch.channels_last)
+    dout = random(conv_eager.fwd(z, weight, None, *geometry).shape, dtype, seed + 7, device)
+    if nan:
+        dout[0, 0, 0, 0], z[-1, -1, -1, -1] = float("nan"), float("inf")
+    norm = (gamma, beta, mean, var)
+    arguments = (dout, z, *norm, weight, True, training, 1e-5, *geometry, list(wants))
+    assert room("bn_act_conv2d").why_not("bwd", *arguments) is None
+    with triton_tiles.way(way):
+        ours = room("bn_act_conv2d").bwd(*arguments)
+    eager = chain_eager.bwd(*arguments)
+    truth = chain_eager.bwd(*(double(t)[0] if isinstance(t, torch.Tensor) else t for t in arguments))
+    y = room("bn_act").fwd(z, *norm, None, False, 1e-5, True)[0]
+    again = [any(wants[:3]), wants[3] and bitwise, False]
+    dy, dw, _ = room("conv2d").bwd(dout, y, weight, True, *geometry, again)
+    sums = conv_eager.bwd(*(t.abs().nan_to_num() for t in double(dout, y, weight)), True, *geometry, [True] * 3)
+    extra = [allowance(z, size) for size in ((sums[0].max() * gain.abs().max()), 0, 0, sums[1].max(), sums[2].max())]
+    for what, a, b, t, more, wanted in zip(("dz", "dgamma", "dbeta", "dw", "db"), ours, eager, truth, extra, wants):
+        assert a.shape == b.shape and a.dtype == b.dtype, what
+        assert a.numel() > 0 if wanted else a.numel() == 0, what
+        if wanted and what not in ("dgamma", "dbeta"):
+            assert what != "dz" or a.stride() == b.stride()
+            within_law(a, b, t, f"{name} {what} {dtype}", more)
+    few = c == 3 or room("conv2d").forward_geometry(z, weight, dout.shape[2:], *geometry)["RUN"]
+    if wants[3] and bitwise and not few:  # of few channels the two operators sum in another order
+        assert torch.equal(ours[3].nan_to_num(77.0), dw.nan_to_num(77.0)), "dw: bit for bit the two operators"
+    if not again[0]:
+        return
+    given_ = (dy, z, y, *norm)
+    eager, truth = (bn_eager.bwd(*t, training, 1e-5, True, [*wants[:3], False]) for t in (given_, double(*given_)))
+    largest = FLOAT32_SUM * float(dy.double().nan_to_num().abs().sum((0, 2, 3)).max()) * 4  # four: of |z - mean| rstd
+    rounding = FLOAT32_SUM * float(truth[0].nan_to_num().abs().max()) if wants[0] and dtype == torch.float32 else 0.0
+    parts = zip(("dz", "dgamma", "dbeta"), ours, eager, truth, (rounding, largest, largest))
+    for what, a, b, t, more in parts:
+        if a.numel():
+            within_law(a, b.to(a.dtype), t, f"{name} {what} of dy {dtype}", more)
+    if wants[0] and bitwise and not training:
+        separate = room("bn_act").bwd(dy, z, None, *norm, False, 1e-5, True, [True, False, False, False])[0]
+        assert torch.equal(ours[0].nan_to_num(77.0), separate.nan_to_num(77.0)), "dz: bit for bit the two operators"
 
 
 def check_chain(name, dtype, device="cpu", seed=0):

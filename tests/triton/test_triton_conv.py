@@ -14,12 +14,13 @@ from conv_cases import (
     check_forward,
     check_fused,
     check_prologue,
+    check_prologue_backward,
     check_statistics,
     check_stem,
     every_tile,
 )
 
-from resnet_fast.ops.conv2d.triton_tiles import Tile, use, wgrad_tiles
+from resnet_fast.ops.conv2d.triton_tiles import Tile, use, way, wgrad_tiles
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,14 @@ def test_statistics(simulator):
 def test_prologue(simulator, name, dtype, order):
     with simulator.running(order):
         check_prologue(name, dtype)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, order", [("3x3", torch.float16, 3), ("1x1", torch.bfloat16, -1), ("3x3 stride 2", torch.float32, 7)]
+)
+def test_prologue_backward(simulator, name, dtype, order):
+    with simulator.running(order):
+        check_prologue_backward(name, dtype, order > 0)
 
 
 def test_prologue_and_statistics(simulator):
@@ -136,7 +145,7 @@ def test_compulsory_bytes_of_a_strided_data_gradient(simulator):
     dy, weight = random((1, 64, 6, 7), torch.bfloat16, 0), random((64, 32, 3, 3), torch.bfloat16, 1)
     x = random((1, 32, 12, 13), torch.bfloat16, 2)
     with simulator.running(5) as reports:
-        dx = room("conv2d").data_gradient(
+        dx, _ = room("conv2d").data_gradient(
             dy, x, weight.to(memory_format=torch.channels_last), [2, 2], [1, 1], [1, 1], 1
         )
     ((name, report),) = reports
@@ -174,6 +183,30 @@ def test_compulsory_bytes_of_the_prologue(simulator):
     assert set(dict(reports)) == {"norm_vectors", "gather_gemm"}
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_compulsory_bytes_of_the_norms_backward(simulator, training):
+    """The filters' gradient reads z in place of the activation; the data gradient reads z beside what it needs for itself, and
+    with known statistics that is all: the activation and its gradient are never in memory."""
+    z, weight = random((1, 64, 12, 12), torch.bfloat16, 0), random((64, 64, 3, 3), torch.bfloat16, 1)
+    weight, vectors = weight.contiguous(memory_format=torch.channels_last), [torch.ones(64) for _ in range(4)]
+    given = (z, z.clone(), *vectors, weight, False, training, 1e-5, [1, 1], [1, 1], [1, 1], 1)
+    with simulator.running(5) as reports, use(Tile(64, 64, 64, 4, 3)), way("prologue"):
+        room("bn_act_conv2d").bwd(*given, [True, True, True, True, False])
+    found, vectors, map_ = dict(reports), 3 * 4 * 64, 2 * z.numel()
+    apply = ["bn_backward_apply"] if training else []
+    assert list(found) == ["norm_vectors", "conv_weight_gradient", "gather_gemm", "bn_backward_merge", *apply]
+    counters = found["conv_weight_gradient"].counters
+    assert counters["distinct_read_bytes"] == 2 * map_ + vectors
+    counters = found["gather_gemm"].counters
+    assert counters["distinct_read_bytes"] == 2 * map_ + 2 * weight.numel() + vectors
+    assert counters["distinct_write_bytes"] == map_ + 2 * 3 * 4 * 64  # and two sums of each of 3 tiles of 64 rows
+    assert counters["bank_conflicts"] == 0
+    if training:
+        counters = found["bn_backward_apply"].counters
+        assert counters["distinct_read_bytes"] == 2 * map_ + 6 * 4 * 64
+        assert counters["distinct_write_bytes"] == map_
+
+
 def check_tile(simulator, tile, dtype, order):
     """Every form of the kernels in a tile: values by the law, no issue, whole tensors once, no bank conflicts."""
     with simulator.running(order) as reports, use(tile):
@@ -189,6 +222,21 @@ def check_tile(simulator, tile, dtype, order):
         check_statistics(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), dtype)
         check_chain(((2, 64, 9, 11), (128, 64, 3, 3), 1, 1, 1, 1), dtype)
         check_prologue(((2, 128, 9, 11), (128, 128, 1, 1), 1, 0, 1, 1), dtype)
+        check_floor(reports)
+    if tile.split > 1:  # the norm's backward never is; it has fewer sums a thread
+        return
+    known, wants, size = order % 2 == 0, (True, True, True, False, False), tile.m * tile.n
+    wide = replace(tile, warps=4 if size <= 4096 else 8)
+    with simulator.running(order + 2) as reports:
+        if size <= min(2048 * tile.warps, 8192 if dtype == torch.float32 else 16384):
+            with use(tile):
+                check_prologue_backward(((1, 64, 9, 11), (64, 64, 3, 3), 1, 1, 1, 1), dtype, True, wants=wants)
+        if size <= 8192:
+            with use(wide):
+                check_prologue_backward(((1, 128, 9, 11), (64, 128, 1, 1), 1, 0, 1, 1), dtype, False, wants=wants)
+        if size <= (8192 if known or dtype == torch.float32 else 16384):
+            with use(wide):
+                check_prologue_backward(((1, 64, 9, 11), (64, 64, 3, 3), 2, 1, 1, 1), dtype, not known, wants=wants)
         check_floor(reports)
 
 
@@ -218,11 +266,11 @@ def test_proof_sectors_of_every_tile(simulator, dtype):
         check_gather_sectors(simulator, tile, dtype)
 
 
-def every_wgrad_tile(bytes_, taps):
+def every_wgrad_tile(bytes_, taps, prologue=False, arch=80):
     """All tiles of the weight gradient."""
     found = set()
     for k in (64, 128, 512):
-        found |= set(wgrad_tiles(k, k, 6272, 3 if taps == 3 else 1, taps, bytes_, False, 4, 80))
+        found |= set(wgrad_tiles(k, k, 6272, 3 if taps == 3 else 1, taps, bytes_, False, 4, arch, prologue))
     return sorted(found, key=str)
 
 
@@ -240,6 +288,22 @@ def test_proof_weight_gradient_tiles(simulator, dtype, taps, order):
 
 
 @pytest.mark.proof
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("taps", [1, 3])
+def test_proof_weight_gradient_tiles_with_a_prologue(simulator, dtype, taps, order):
+    """Those of this architecture; in float16 the larger ones of newer cards, too."""
+    wants = (False, False, False, True, False)
+    architectures = (80, 90) if dtype == torch.float16 else (80,)
+    tiles = dict.fromkeys(t for arch in architectures for t in every_wgrad_tile(dtype.itemsize, taps, True, arch))
+    for i, tile in enumerate(tiles):
+        with simulator.running(order + i) as reports, use(replace(tile, split=1 + i % 2)):  # both sums in one order
+            check_prologue_backward(
+                ((1, 128, 7, 9), (128, 128, taps, taps), 1, taps // 2, 1, 1), dtype, wants=wants, bitwise=True
+            )
+            check_floor(reports)
+
+
+@pytest.mark.proof
 @pytest.mark.parametrize("name, dtype", list(zip(GEOMETRIES, FLOATS[::-1] * 7)))  # the dtypes in turn
 def test_proof_geometries(simulator, name, dtype):
     with simulator.running(len(name)):
@@ -247,6 +311,7 @@ def test_proof_geometries(simulator, name, dtype):
         check_fused(name, dtype, residual=False, seed=8)
         check_backward(name, dtype, seed=9)
         check_prologue(name, dtype, training=False, seed=10)
+        check_prologue_backward(name, dtype, seed=11)
 
 
 @pytest.mark.proof

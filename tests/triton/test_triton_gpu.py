@@ -23,6 +23,7 @@ from conv_cases import (
     check_forward,
     check_fused,
     check_prologue,
+    check_prologue_backward,
     check_stem,
 )
 from law import within_law
@@ -61,6 +62,8 @@ def test_convolution(name, dtype, monkeypatch):
     check_folded(name, dtype, device="cuda")
     check_prologue(name, dtype, device="cuda")
     check_backward(name, dtype, device="cuda")
+    for training in (True, False):
+        check_prologue_backward(name, dtype, training, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:])

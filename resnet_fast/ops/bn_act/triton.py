@@ -117,13 +117,13 @@ def bwd(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual as far as wanted (empty where not)."""
-    from resnet_fast.ops.bn_act.triton_kernels import bn_backward_apply, bn_backward_merge, bn_backward_reduce
+    from resnet_fast.ops.bn_act.triton_kernels import bn_backward_reduce
 
     dy, x = common.channels_last(dy), common.channels_last(x)
     y = None if y is None or not relu else common.channels_last(y)
     m, c = _rows(x), x.shape[1]
     none = x.new_empty(0)
-    dx = common.empty_output(x) if wants[0] else None
+    dx = common.empty_output(x) if wants[0] and not training else None
     dresidual = common.empty_output(dy) if wants[3] else None
     sums = wants[1] or wants[2] or (wants[0] and training)
     block_r, block_c = rooms.rows_tile(c, widest=REDUCE)
@@ -133,31 +133,72 @@ def bwd(
     norm = dict(mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias)
     tile = dict(C=c, RELU=relu, BLOCK_R=block_r, BLOCK_C=block_c)
     args = dict(
-        part_ptr=part, dresidual_ptr=dresidual, dx_ptr=None if training else dx, dy_ptr=dy, x_ptr=x, y_ptr=y, **norm,
+        part_ptr=part, dresidual_ptr=dresidual, dx_ptr=dx, dy_ptr=dy, x_ptr=x, y_ptr=y, **norm,
         M=m, rows=rows, eps=eps,
     )  # fmt: skip
     if sums or wants[0] or wants[3]:
         rooms.launch(bn_backward_reduce, (chunks, -(-c // block_c)), args, tile)
     dweight = dbias = none
     if sums:
-        dweight, dbias = x.new_empty(c, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
-        args = dict(dweight_ptr=dweight, dbias_ptr=dbias, part_ptr=part, var_ptr=var, eps=eps, chunks=chunks)
-        rooms.launch(bn_backward_merge, (-(-c // MERGE[1]),), args, dict(C=c, BLOCK_R=MERGE[0], BLOCK_C=MERGE[1]))
+        dweight, dbias = merge_gradients(part, var, eps)
     if wants[0] and training:
         masked = dresidual is not None  # the reduce pass has written g: read that, and neither dy nor y again
-        args = dict(
-            dx_ptr=dx, dy_ptr=dresidual if masked else dy, x_ptr=x, y_ptr=None if masked else y, **norm,
-            dweight_ptr=dweight, dbias_ptr=dbias, M=m, inverse=1 / m, eps=eps,
-        )  # fmt: skip
-        block_r, block_c = rooms.rows_tile(c)
-        tile = dict(C=c, RELU=relu and not masked, STEPS=STEPS, BLOCK_R=block_r, BLOCK_C=block_c)
-        rooms.launch(bn_backward_apply, (-(-m // (STEPS * block_r)), -(-c // block_c)), args, tile)
+        given = (dresidual, x, None) if masked else (dy, x, y)
+        dx = gradient_apply(*given, weight, bias, mean, var, dweight, dbias, 1 / m, eps, relu and not masked)
     return (
         dx if wants[0] else none,
         dweight if wants[1] else none.clone(),
         dbias if wants[2] else none.clone(),
         dresidual if wants[3] else none.clone(),
     )
+
+
+def merge_gradients(part: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """dweight and dbias out of part[2, chunks, C]: sum g, sum g (x - mean) of every chunk of rows."""
+    from resnet_fast.ops.bn_act.triton_kernels import bn_backward_merge
+
+    _, chunks, c = part.shape
+    tile = dict(C=c, BLOCK_R=MERGE[0], BLOCK_C=MERGE[1])
+    if chunks > 16 * MERGE[0]:  # as in `merge`: groups first
+        groups = -(-chunks // MERGE[0])
+        merged = part.new_empty(2, groups, c)
+        args = dict(dweight_ptr=merged[1], dbias_ptr=merged[0], part_ptr=part, var_ptr=var, eps=eps, chunks=chunks)
+        constants = tile | dict(FINAL=False)
+        rooms.launch(bn_backward_merge, (-(-c // MERGE[1]), groups), args | dict(per=MERGE[0]), constants)
+        part, chunks = merged, groups
+    dweight, dbias = part.new_empty(c), part.new_empty(c)
+    args = dict(dweight_ptr=dweight, dbias_ptr=dbias, part_ptr=part, var_ptr=var, eps=eps, chunks=chunks, per=chunks)
+    rooms.launch(bn_backward_merge, (-(-c // MERGE[1]), 1), args, tile | dict(FINAL=True))
+    return dweight, dbias
+
+
+def gradient_apply(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    inverse: float,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """The input's gradient where dweight and dbias times `inverse` are the means over the batch; all channels_last."""
+    from resnet_fast.ops.bn_act.triton_kernels import bn_backward_apply
+
+    m, c = _rows(x), x.shape[1]
+    out = common.empty_output(x)
+    args = dict(
+        dx_ptr=out, dy_ptr=dy, x_ptr=x, y_ptr=y, mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias,
+        dweight_ptr=dweight, dbias_ptr=dbias, M=m, inverse=inverse, eps=eps,
+    )  # fmt: skip
+    block_r, block_c = rooms.rows_tile(c)
+    tile = dict(C=c, RELU=relu, STEPS=STEPS, BLOCK_R=block_r, BLOCK_C=block_c)
+    rooms.launch(bn_backward_apply, (-(-m // (STEPS * block_r)), -(-c // block_c)), args, tile)
+    return out
 
 
 def dx(
@@ -175,18 +216,7 @@ def dx(
     relu: bool,
 ) -> Tensor:
     """The input's gradient where dweight and dbias are the sums over `count` values of several processes' batches."""
-    from resnet_fast.ops.bn_act.triton_kernels import bn_backward_apply
-
     dy, x = common.channels_last(dy), common.channels_last(x)
     y = None if y is None or not relu else common.channels_last(y)
-    m, c = _rows(x), x.shape[1]
-    out = common.empty_output(x)
     dweight, dbias = ((t / count).float() for t in (dweight, dbias))  # on the device: nothing waits for `count`
-    args = dict(
-        dx_ptr=out, dy_ptr=dy, x_ptr=x, y_ptr=y, mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias,
-        dweight_ptr=dweight, dbias_ptr=dbias, M=m, inverse=1.0, eps=eps,
-    )  # fmt: skip
-    block_r, block_c = rooms.rows_tile(c)
-    tile = dict(C=c, RELU=relu, STEPS=STEPS, BLOCK_R=block_r, BLOCK_C=block_c)
-    rooms.launch(bn_backward_apply, (-(-m // (STEPS * block_r)), -(-c // block_c)), args, tile)
-    return out
+    return gradient_apply(dy, x, y, weight, bias, mean, var, dweight, dbias, 1.0, eps, relu)

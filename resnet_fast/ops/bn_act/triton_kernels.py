@@ -199,24 +199,33 @@ def bn_backward_reduce(
 
 @triton.jit
 def bn_backward_merge(
-    dweight_ptr, dbias_ptr, part_ptr, var_ptr, eps, chunks,
-    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    dweight_ptr, dbias_ptr, part_ptr, var_ptr, eps, chunks, per,
+    C: tl.constexpr, FINAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dbias = sum g, dweight = rstd sum g (x - mean), the chunks added in a fixed order."""
+    """dbias = sum g, dweight = rstd sum g (x - mean), `per` chunks added in a fixed order.
+
+    FINAL: of all; else the two sums alone of each group of chunks.
+    """
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = channel_mask(offs_c, C, BLOCK_C)
-    rstd = reciprocal_std(load_vector(var_ptr, offs_c, mask_c, 1.0, BLOCK_C), eps)
+    group = tl.program_id(1)
+    begin = group * per
+    stop = tl.minimum(begin + per, chunks)
     offs_r = tl.arange(0, BLOCK_R)
     s1 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     s2 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for r in range(0, chunks, BLOCK_R):
+    for r in range(begin, stop, BLOCK_R):
         i = (r + offs_r).to(tl.int64)
-        mask = (i < chunks)[:, None] & mask_c[None, :]
+        mask = (i < stop)[:, None] & mask_c[None, :]
         at = part_ptr + i[:, None] * C + offs_c[None, :]
         s1 += tl.load(at, mask=mask, other=0.0)
         s2 += tl.load(at + chunks * tl.full([], C, tl.int64), mask=mask, other=0.0)
-    tl.store(dbias_ptr + offs_c, tl.sum(s1, 0), mask=mask_c)
-    tl.store(dweight_ptr + offs_c, tl.sum(s2, 0) * rstd, mask=mask_c)
+    dweight = tl.sum(s2, 0)
+    if FINAL:
+        dweight *= reciprocal_std(load_vector(var_ptr, offs_c, mask_c, 1.0, BLOCK_C), eps)
+    out = group.to(tl.int64) * C + offs_c
+    tl.store(dbias_ptr + out, tl.sum(s1, 0), mask=mask_c)
+    tl.store(dweight_ptr + out, dweight, mask=mask_c)
 
 
 @triton.jit

@@ -37,6 +37,35 @@ def fwd(
     return conv2d.fwd(y, weight, bias, stride, padding, dilation, groups), batch_mean, batch_var
 
 
+def bwd(
+    dout: Tensor,
+    z: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: bool,
+    training: bool,
+    eps: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dz, dgamma, dbeta, dw, dbias as far as wanted (empty where not); with `training` mean and var are z's own."""
+    window, first = (stride, padding, dilation, groups), any(wants[:3])
+    y = bn_act.fwd(z, gamma, beta, mean, var, None, False, eps, True)[0]
+    dy, dw, db = conv2d.bwd(dout, y, weight, bias, *window, [first, *wants[3:]])
+    if not first:
+        none = z.new_empty(0)
+        return none, none.clone(), none.clone(), dw, db
+    given = (gamma, beta, mean, var, training, eps, True, [*wants[:3], False])
+    dz, dgamma, dbeta, _ = bn_act.bwd(dy, z, None, *given)
+    return dz, dgamma, dbeta, dw, db
+
+
 def differentiable(
     z: Tensor,
     gamma: Tensor | None,

@@ -39,7 +39,8 @@ def bn_act_conv2d(
         statistics as in `bn_act`, in training over the processes of `group`.
     Cost:
         Forward as `bn_act` and `conv2d`. Saved for backward: z and two vectors; the activation, which torch keeps, is
-        computed again in backward: one more read and write of it, for as many bytes less held.
+        computed again in backward: one more read and write of it, for as many bytes less held. In the triton room it is
+        computed as tiles are loaded, and backward moves fewer bytes than its parts (README).
     Raises:
         As `conv2d` and `bn_act`.
     Source:
@@ -81,16 +82,24 @@ def _run_backward(
     dout, z, gamma, beta, mean, var, count, weight, bias, training, eps, stride, padding, dilation, groups, group, wants
 ):
     window = (stride, padding, dilation, groups)
-    y = backends.run("bn_act", "fwd", z, gamma, beta, mean, var, None, False, eps, True)[0]
-    first = any(wants[:3])
-    dy, dw, db = gradients(dout, y, weight, bias, *window, [first, wants[3], wants[4]])
-    del y
-    if not first:
-        none = z.new_empty(0)
-        return none, none.clone(), none.clone(), dw, db
-    given = (gamma, beta, mean, var, count, training, eps, True, [*wants[:3], False], group)
-    dz, dgamma, dbeta, _ = norm.backward(dy, z, None, *given)
-    return dz, dgamma, dbeta, dw, db
+
+    def parts():
+        y = backends.run("bn_act", "fwd", z, gamma, beta, mean, var, None, False, eps, True)[0]
+        first = any(wants[:3])
+        dy, dw, db = gradients(dout, y, weight, bias, *window, [first, wants[3], wants[4]])
+        del y
+        if not first:
+            none = z.new_empty(0)
+            return none, none.clone(), none.clone(), dw, db
+        given = (gamma, beta, mean, var, count, training, eps, True, [*wants[:3], False], group)
+        dz, dgamma, dbeta, _ = norm.backward(dy, z, None, *given)
+        return dz, dgamma, dbeta, dw, db
+
+    if training and group:  # the sums dz needs are not this process's alone
+        return parts()
+    given = (dout, z, gamma, beta, mean, var, weight, bias, training, eps, *window, wants)
+    dz, dgamma, dbeta, dw, db = backends.run_whole("bn_act_conv2d", "bwd", parts, *given)
+    return dz, dgamma, dbeta, common.like_weight(dw, weight) if wants[3] else dw, db
 
 
 def _fake(z, gamma, beta, mean, var, weight, bias, training, eps, stride, padding, dilation, groups, group):

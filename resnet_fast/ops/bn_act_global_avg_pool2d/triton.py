@@ -66,7 +66,6 @@ def bwd(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual as far as wanted (empty where not)."""
-    from resnet_fast.ops.bn_act.triton_kernels import bn_backward_apply, bn_backward_merge
     from resnet_fast.ops.bn_act_global_avg_pool2d.triton_kernels import bn_mean_backward_apply, bn_mean_backward_reduce
 
     x, dy = common.channels_last(x), dy.contiguous()
@@ -74,7 +73,7 @@ def bwd(
     n, c = x.shape[:2]
     m = x.numel() // c
     none = x.new_empty(0)
-    dx = common.empty_output(x) if wants[0] else None
+    dx = common.empty_output(x) if wants[0] and not training else None
     dresidual = common.empty_output(x, dy.dtype) if wants[3] else None
     sums = wants[1] or wants[2] or (wants[0] and training)
     part = x.new_empty(2, n, c, dtype=torch.float32) if sums else None
@@ -82,23 +81,16 @@ def bwd(
     tile = _tile(x)
     source = dict(dy_ptr=dy, x_ptr=x, residual_ptr=residual, **norm, share=1 / tile["HW"], eps=eps)
     if sums or wants[0] or wants[3]:
-        args = source | dict(part_ptr=part, dresidual_ptr=dresidual, dx_ptr=None if training else dx)
+        args = source | dict(part_ptr=part, dresidual_ptr=dresidual, dx_ptr=dx)
         rooms.launch(bn_mean_backward_reduce, (n, -(-c // tile["BLOCK_C"])), args, tile)
     dweight = dbias = none
     if sums:
-        dweight, dbias = x.new_empty(c, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
-        args = dict(dweight_ptr=dweight, dbias_ptr=dbias, part_ptr=part, var_ptr=var, eps=eps, chunks=n)
-        blocks = dict(C=c, BLOCK_R=bn_act.MERGE[0], BLOCK_C=bn_act.MERGE[1])
-        rooms.launch(bn_backward_merge, (-(-c // bn_act.MERGE[1]),), args, blocks)
+        dweight, dbias = bn_act.merge_gradients(part, var, eps)
     if wants[0] and training and dresidual is not None:  # the masked gradient is in memory: bn_act's own second pass
-        block_r, block_c = rooms.rows_tile(c)
-        args = dict(
-            dx_ptr=dx, dy_ptr=dresidual, x_ptr=x, y_ptr=None, **norm, dweight_ptr=dweight, dbias_ptr=dbias,
-            M=m, inverse=1 / m, eps=eps,
-        )  # fmt: skip
-        constants = dict(C=c, RELU=False, STEPS=bn_act.STEPS, BLOCK_R=block_r, BLOCK_C=block_c)
-        rooms.launch(bn_backward_apply, (-(-m // (bn_act.STEPS * block_r)), -(-c // block_c)), args, constants)
+        given = (weight, bias, mean, var, dweight, dbias)
+        dx = bn_act.gradient_apply(dresidual, x, None, *given, 1 / m, eps, False)
     elif wants[0] and training:
+        dx = common.empty_output(x)
         args = source | dict(dx_ptr=dx, dweight_ptr=dweight, dbias_ptr=dbias, inverse=1 / m)
         rooms.launch(bn_mean_backward_apply, (n, -(-c // tile["BLOCK_C"])), args, tile)
     found = ((dx, wants[0]), (dweight, wants[1]), (dbias, wants[2]), (dresidual, wants[3]))

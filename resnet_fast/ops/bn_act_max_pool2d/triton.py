@@ -76,7 +76,6 @@ def bwd(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias as far as wanted (empty where not)."""
-    from resnet_fast.ops.bn_act.triton_kernels import bn_backward_merge
     from resnet_fast.ops.bn_act_max_pool2d.triton_kernels import bn_pool_backward_apply, bn_pool_backward_reduce
 
     dy, x, places = common.channels_last(dy), common.channels_last(x), common.channels_last(places)
@@ -97,10 +96,7 @@ def bwd(
     none = x.new_empty(0)
     dweight = dbias = none
     if sums:
-        dweight, dbias = x.new_empty(c, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
-        args = dict(dweight_ptr=dweight, dbias_ptr=dbias, part_ptr=part, var_ptr=var, eps=eps, chunks=chunks)
-        tile = dict(C=c, BLOCK_R=bn_act.MERGE[0], BLOCK_C=bn_act.MERGE[1])
-        rooms.launch(bn_backward_merge, (-(-c // bn_act.MERGE[1]),), args, tile)
+        dweight, dbias = bn_act.merge_gradients(part, var, eps)
     if wants[0] and training:
         block_r, block_c = rooms.rows_tile(c, 1024)
         args = given | dict(dx_ptr=dx, dweight_ptr=dweight, dbias_ptr=dbias, inverse=1 / m)

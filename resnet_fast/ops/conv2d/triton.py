@@ -70,19 +70,21 @@ def launch_gather(
     tile: tiles.Tile,
     epilogue: dict[str, Tensor | None] | None = None,
     relu: bool = False,
+    fixed: bool = False,
 ) -> None:
     """Run `gather_gemm` with a tile; see the kernel for the words of `geometry`."""
     from resnet_fast.ops.conv2d.triton_kernels import gather_gemm, split_finish
 
-    none = dict.fromkeys(("residual_ptr", "scale_ptr", "shift_ptr", "part_ptr"))
+    none = dict.fromkeys(("residual_ptr", "scale_ptr", "shift_ptr", "part_ptr", "z_ptr"))
     before = dict.fromkeys(PROLOGUE) | {k: v for k, v in (epilogue or {}).items() if k in PROLOGUE}
     extra = none | {k: v for k, v in (epilogue or {}).items() if k not in PROLOGUE}
     whole = geometry["OH"] == geometry["OW"] == 1  # every pixel of the output is a row
-    split = tile.split if whole and not geometry["RUN"] and extra["part_ptr"] is None else 1
+    alone = extra["part_ptr"] is None and extra["z_ptr"] is None  # sums over rows are taken of whole results
+    split = tile.split if whole and not geometry["RUN"] and alone else 1
     block_k = rooms.next_power_of_2(geometry["V"] * geometry["CG"]) if geometry["RUN"] else tile.k
     constants = geometry | dict(
         RELU=relu and split == 1, SPLIT=split, PRECISION=precision(source), BLOCK_M=tile.m, BLOCK_N=tile.n,
-        BLOCK_K=max(block_k, 16), CLASSES=1,
+        BLOCK_K=max(block_k, 16), CLASSES=1, FIXED=fixed,
     )  # fmt: skip
     grid = (-(-rows // tile.m) * -(-geometry["NG"] // tile.n), split, groups)
     args = dict(in_ptr=source, w_ptr=weight, M=rows)
@@ -93,18 +95,29 @@ def launch_gather(
     rooms.launch(gather_gemm, grid, dict(out_ptr=part) | args | none | before, constants, tile.warps, tile.stages)
     block_m, block_n = rooms.rows_tile(geometry["CO"], 1024)
     constants = dict(CO=geometry["CO"], RELU=relu, SPLIT=split, BLOCK_M=block_m, BLOCK_N=block_n)
+    del extra["z_ptr"]
     args = extra | dict(out_ptr=out, part_ptr=part, M=rows)
     rooms.launch(split_finish, (-(-rows // block_m), -(-geometry["CO"] // block_n)), args, constants)
 
 
-def _candidates(source: Tensor, rows: int, geometry: dict[str, int], groups: int) -> list[tiles.Tile]:
+def _candidates(
+    source: Tensor, rows: int, geometry: dict[str, int], groups: int, reduces: bool = False, fixed: bool = False
+) -> list[tiles.Tile]:
+    eight = geometry["OH"] * geometry["OW"] > 1 or fixed  # warps, for all but the smallest tiles
+
+    def fits(t: tiles.Tile) -> bool:
+        # The backward of a norm in the epilogue holds z beside the sums: 128 of them a thread spill 400 to 900 bytes, 64 up to
+        # 170 in float32 or where the epilogue finds dz, too.
+        most = 16384 if eight else 2048 * t.warps
+        return not reduces or t.m * t.n <= (8192 if fixed or source.element_size() == 4 else most)
+
     ieee = source.dtype == torch.float32 and precision(source) == "ieee"
     sum_length = geometry["U"] * geometry["V"] * geometry["CG"]
     found = tiles.gemm_tiles(
         rows, geometry["NG"], sum_length, geometry["CG"], source.element_size(), ieee,
-        rooms.multiprocessors(source.device), groups, tiles.architecture_of(source.device),
+        rooms.multiprocessors(source.device), groups, tiles.architecture_of(source.device), fits,
     )  # fmt: skip
-    if not geometry["RUN"] and geometry["OH"] * geometry["OW"] == 1:
+    if not geometry["RUN"] and not eight:
         return found
     # A run is copied in 4-byte pieces, each with a pointer, and residue classes are four loops in one kernel: more than
     # a large tile of four warps has registers for.
@@ -235,8 +248,20 @@ def _taps(parity: int, size: int, stride: int, padding: int, dilation: int) -> t
     return first, distance, number, (parity + padding - first * dilation) // stride, -(distance * dilation // stride)
 
 
-def data_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Tensor:
-    """dx: one gather per residue class of the stride, so that no tap is multiplied in vain; all classes in one launch."""
+def data_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, before: dict | None = None,
+    fixed: bool = False, sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dx: one gather per residue class of the stride, so that no tap is multiplied in vain; all classes in one launch.
+
+    Args:
+        before: the `prologue` of a norm and ReLU whose input is x: dx is the gradient of what they return, or with `fixed`
+            (their statistics are known) of x itself.
+        sums: reduce that gradient as the norm's backward does.
+
+    Returns:
+        dx, and part[2, chunks, C] for `bn_act.triton.merge_gradients` (None: not asked for).
+    """
     (n, c, h, w), (k, cg, r, s) = x.shape, weight.shape
     rows = [_taps(a, r, stride[0], padding[0], dilation[0]) for a in range(min(stride[0], h))]
     columns = [_taps(b, s, stride[1], padding[1], dilation[1]) for b in range(min(stride[1], w))]
@@ -251,7 +276,7 @@ def data_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilati
     (_, dr, _, _, tp), (_, ds, _, _, tq) = rows[a], columns[b]
     dx = common.empty_output(x)
     if u * v == 0:  # the input is smaller than the stride, and no tap reaches it
-        return dx.zero_()
+        return dx.zero_(), dx.new_zeros(2, 1, c, dtype=torch.float32) if sums else None
     sizes = dict(
         HI=dy.shape[2], WI=dy.shape[3], CI=k, CG=k // groups, HO=h, WO=w, CO=c, NG=cg, OH=stride[0], OW=stride[1],
         TH=tp, TW=tq, WG=k // groups * r * s * cg, WN=1, WU=dr * s * cg, WV=ds * cg, WK=r * s * cg,
@@ -259,28 +284,40 @@ def data_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilati
     single = dict(I=i, J=j, OH0=a, OW0=b, U=u, V=v, SH=1, SW=1, H0=p0, W0=q0, W_START=w_start)
     geometry = sizes | single | dict(RUN=False, RUN_FROM=0, RUN_TO=0)
 
+    part = None
+
     def run(tile: tiles.Tile) -> None:
+        nonlocal part
         from resnet_fast.ops.conv2d.triton_dgrad import strided_data_gradient
 
+        chunks = max(-(-n * t[0] * t[1] // tile.m) for t in classes) * len(classes)
+        part = dx.new_empty(2, chunks, c, dtype=torch.float32) if sums else None
+        epilogue = dict.fromkeys(PROLOGUE) | (before or {}) | dict(part_ptr=part, z_ptr=before and x)
         if len(classes) == 1:
-            launch_gather(dx, dy, weight, n * i * j, geometry, groups, tile)
+            launch_gather(dx, dy, weight, n * i * j, geometry, groups, tile, epilogue, fixed=fixed)
             return
         blocks = dict(BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=max(tile.k, 16))
-        constants = sizes | dict(CLASSES=tuple(classes), PRECISION=precision(x)) | blocks
-        programs = max(-(-n * t[0] * t[1] // tile.m) for t in classes) * -(-cg // tile.n) * len(classes)
-        args = dict(out_ptr=dx, in_ptr=dy, w_ptr=weight, N=n)
-        rooms.launch(strided_data_gradient, (programs, 1, groups), args, constants, tile.warps, tile.stages)
+        constants = sizes | dict(CLASSES=tuple(classes), PRECISION=precision(x), FIXED=fixed) | blocks
+        args = dict(out_ptr=dx, in_ptr=dy, w_ptr=weight, N=n) | epilogue
+        grid = (chunks * -(-cg // tile.n), 1, groups)
+        rooms.launch(strided_data_gradient, grid, args, constants, tile.warps, tile.stages)
 
     key = f"data gradient {precision(x)} {x.dtype} {list(x.shape)} {list(weight.shape)} {stride} {padding} {dilation}"
-    tiles.choose(f"{key} {groups}", _candidates(dy, n * h * w, geometry, groups), run, x.device)
-    return dx
+    key += f" {groups}" + (f" before {fixed} {sums}" if before else "")
+    tiles.choose(key, _candidates(dy, n * h * w, geometry, groups, before is not None, fixed), run, x.device)
+    return dx, part
 
 
-def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Tensor:
-    """dw, contiguous: partial sums over slices of the pixels, added in a fixed order."""
+def weight_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, before: dict | None = None
+) -> Tensor:
+    """dw, contiguous: partial sums over slices of the pixels, added in a fixed order.
+
+    With the `prologue` of a norm and ReLU in `before` the convolution's input is theirs of x.
+    """
     from resnet_fast.ops.conv2d.triton_wgrad import conv_weight_gradient, sum_weight_parts
 
-    pairs = Pairs.of(x, weight, stride, padding, dilation, groups)
+    pairs = None if before else Pairs.of(x, weight, stride, padding, dilation, groups)
     if pairs is not None:
         image = pairs.image(x)
         filters = weight.new_empty(1).expand(weight.shape[0], image.shape[1], weight.shape[2], pairs.taps)  # a shape
@@ -289,7 +326,7 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dila
     (_, c, h, w), (k, cg, r, s) = x.shape, weight.shape
     n, _, p, q = dy.shape
     kg, m = k // groups, n * p * q
-    run = groups == 1 and dilation[1] == 1 and s > 1 and cg < 16 and s * cg <= RUN_VALUES
+    run = not before and groups == 1 and dilation[1] == 1 and s > 1 and cg < 16 and s * cg <= RUN_VALUES
     mode = precision(x)
     ieee = x.dtype == torch.float32 and mode == "ieee"
     x = common.channels_last(x)
@@ -312,16 +349,16 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride, padding, dila
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         )  # fmt: skip
         grid = (-(-kg // tile.m) * -(-columns // tile.n) * parts, split, groups)
-        args = dict(dw_ptr=part, dy_ptr=dy, x_ptr=x, M=m, rows=rows)
+        args = dict(dw_ptr=part, dy_ptr=dy, x_ptr=x, M=m, rows=rows) | dict.fromkeys(PROLOGUE) | (before or {})
         rooms.launch(conv_weight_gradient, grid, args, constants, tile.warps, tile.stages)
         if split > 1:
             args = dict(dw_ptr=dw, part_ptr=part, n=dw.numel(), splits=split)
             rooms.launch(sum_weight_parts, (-(-dw.numel() // 256),), args, dict(CG=cg, RS=r * s, BLOCK=256))
 
     card = (rooms.multiprocessors(x.device), tiles.architecture_of(x.device))
-    options = tiles.wgrad_tiles(kg, columns, m, parts * groups, taps, x.element_size(), ieee, *card)
+    options = tiles.wgrad_tiles(kg, columns, m, parts * groups, taps, x.element_size(), ieee, *card, before is not None)
     key = f"wgrad {mode} {x.dtype} {list(x.shape)} {list(weight.shape)} {stride} {padding} {dilation} {groups}"
-    tiles.choose(key, options, go, x.device)
+    tiles.choose(key + (" before" if before else ""), options, go, x.device)
     return dw
 
 
@@ -341,7 +378,7 @@ def bwd(
     geometry = (stride, padding, dilation, groups)
     none = x.new_empty(0)
     return (
-        data_gradient(dy, x, krsc(weight), *geometry) if wants[0] else none,
+        data_gradient(dy, x, krsc(weight), *geometry)[0] if wants[0] else none,
         weight_gradient(dy, x, weight, *geometry) if wants[1] else none.clone(),
         dy.sum((0, 2, 3)) if wants[2] else none.clone(),
     )

@@ -3,7 +3,8 @@
 One kernel serves both, because both gather: the row (n, i, j) of the output reads the input at (i SH + H0 + u TH,
 j SW + W0 + v TW) for every tap (u, v), and sums over the channels there. Bytes: input, weights, residual read once from
 memory (taps of a tile hit the cache), output written once; 2 GEMM_M GEMM_N GEMM_K flops.
-A prologue (relu(bn(in)) on the loaded tile) saves a network's normalised activations a write and a read.
+A prologue (relu(bn(in)) on the loaded tile) saves a network's normalised activations a write and a read; an epilogue of the data
+gradient sums what that norm's backward wants.
 The idea: ONE loop over taps and channel blocks, so that the asynchronous copies never drain; the validity of each row at
 each tap is a bit computed once and shifted along; pointers are incremented; sizes are constants of the compilation.
 Tried and lost: a loop over channels inside a loop over taps (no asynchronous copies at C = BLOCK_K, spills on sm_100);
@@ -62,14 +63,20 @@ def norm_vectors(scale_ptr, shift_ptr, gamma_ptr, beta_ptr, var_ptr, eps, C, BLO
 
 
 @triton.jit
-def normalised_tile(a, mean_ptr, scale_ptr, shift_ptr, offs, mask_k, inside, FLAT: tl.constexpr):
+def load_norm(mean_ptr, scale_ptr, shift_ptr, offs, mask):
+    """A norm's vectors at these channels, as `norm_vectors` made them."""
+    mean = tl.load(mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + offs, mask=mask, other=0.0)
+    shift = tl.load(shift_ptr + offs, mask=mask, other=0.0)
+    return mean, scale, shift
+
+
+@triton.jit
+def normalised_tile(a, mean, scale, shift, inside, FLAT: tl.constexpr):
     """relu(bn(a)) rounded as bn_act would have stored it, and zero outside the image, whatever relu(shift) is.
 
     In float32: packed 16-bit arithmetic has a third of the instructions and up to three times the error (the rounded shift).
     """
-    mean = tl.load(mean_ptr + offs, mask=mask_k, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + offs, mask=mask_k, other=0.0)
-    shift = tl.load(shift_ptr + offs, mask=mask_k, other=0.0)
     v = tl.fma(a.to(tl.float32) - mean[None, :], scale[None, :], shift[None, :])
     v = tl.where(v <= 0, 0.0, v)  # keeps NaN
     if not FLAT:  # rows beyond the last are stored nowhere and need no zero
@@ -119,8 +126,33 @@ def finish_tile_statistics(
 
 
 @triton.jit
+def finish_tile_norm_backward(
+    acc, out_ptr, z_ptr, part_ptr, mean, scale, shift, offs, mask, rows, offs_n, mask_n, chunk, chunks, M,
+    CO: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of y = relu(bn(z)): store it, and its sums as bn_act's backward reduces them, of the values as stored.
+
+    g = dy where the ReLU passed; part[0] = sum g, part[1] = sum g (z - mean) of the tile's rows (None: not wanted). FIXED: the
+    norm's statistics are known, and what is stored is dz = g scale itself. The load that never executes is as in
+    `finish_tile_statistics`; without it z goes through shared memory to the accumulator's layout, and both sums back.
+    """
+    out = acc.to(out_ptr.dtype.element_ty)
+    out += tl.load(out_ptr + offs, mask=mask & (M < 0), other=0.0)
+    d = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    g = tl.where(tl.fma(d, scale[None, :], shift[None, :]) <= 0, 0.0, out.to(tl.float32))  # keeps NaN
+    if FIXED:
+        out = (g * scale[None, :]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offs, out, mask=mask)
+    if part_ptr is not None:
+        at = part_ptr + chunk.to(tl.int64) * CO + offs_n
+        tl.store(at, tl.sum(tl.where(rows, g, 0.0), 0), mask=mask_n)
+        tl.store(at + chunks * tl.full([], CO, tl.int64), tl.sum(tl.where(rows, g * d, 0.0), 0), mask=mask_n)
+
+
+@triton.jit
 def gather_gemm(
-    out_ptr, in_ptr, w_ptr, residual_ptr, scale_ptr, shift_ptr, part_ptr, pre_mean_ptr, pre_scale_ptr, pre_shift_ptr, M,
+    out_ptr, in_ptr, w_ptr, residual_ptr, scale_ptr, shift_ptr, part_ptr, z_ptr, pre_mean_ptr, pre_scale_ptr,
+    pre_shift_ptr, M,
     # input: height, width, channels (all, of a group); output: height, width, channels (all, of a group)
     HI: tl.constexpr, WI: tl.constexpr, CI: tl.constexpr, CG: tl.constexpr,
     HO: tl.constexpr, WO: tl.constexpr, CO: tl.constexpr, NG: tl.constexpr,
@@ -135,11 +167,13 @@ def gather_gemm(
     RUN: tl.constexpr, RUN_FROM: tl.constexpr, RUN_TO: tl.constexpr,
     RELU: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CLASSES: tl.constexpr,
+    FIXED: tl.constexpr = False,
 ):  # fmt: skip
     """RUN: a filter row's V CG values lie side by side in memory and are one block of k (few channels, TW = 1), of which the
     filter has those from RUN_FROM to RUN_TO.
 
-    pre_*: the input is relu(bn(in)), of which only `in` is in memory; not with RUN.
+    pre_*: a norm and ReLU before the convolution. Forward the input is relu(bn(in)), of which only `in` is in memory; not with
+    RUN. With z_ptr this is the data gradient, the output is what relu(bn(z)) gets, and `finish_tile_norm_backward` ends it.
     """
     NUM_N: tl.constexpr = (NG + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0) // CLASSES  # of a strided data gradient, each of which calls this on its own
@@ -231,9 +265,10 @@ def gather_gemm(
                 inner = cb * BLOCK_K + offs_k < CG
                 a = tl.load(a_ptrs, mask=rows[:, None] & inner[None, :], other=0.0)
                 b = tl.load(b_ptrs, mask=inner[:, None], other=0.0)
-            if pre_scale_ptr is not None:
+            if pre_scale_ptr is not None and z_ptr is None:
                 at = group * CG + cb * BLOCK_K + offs_k
-                a = normalised_tile(a, pre_mean_ptr, pre_scale_ptr, pre_shift_ptr, at, inner, rows, FLAT)
+                mean, scale, shift = load_norm(pre_mean_ptr, pre_scale_ptr, pre_shift_ptr, at, inner)
+                a = normalised_tile(a, mean, scale, shift, rows, FLAT)
             acc = dot(a, b, acc, PRECISION)
             if U * V == 1:
                 cb += 1
@@ -284,7 +319,13 @@ def gather_gemm(
         mask_n = tile_n < NG
         if NG % BLOCK_N == 0:
             mask_n = tl.full([BLOCK_N], True, tl.int1)
-        if part_ptr is not None:
+        if z_ptr is not None:
+            mean, scale, shift = load_norm(pre_mean_ptr, pre_scale_ptr, pre_shift_ptr, offs_n, mask_n)
+            finish_tile_norm_backward(
+                acc, out_ptr, z_ptr, part_ptr, mean, scale, shift, offs, mask, mask_m[:, None], offs_n, mask_n,
+                pid_m * CLASSES + tl.program_id(0) % CLASSES, tl.num_programs(0) // NUM_N, M, CO, FIXED,
+            )  # fmt: skip
+        elif part_ptr is not None:
             finish_tile_statistics(
                 acc, out_ptr, shift_ptr, part_ptr, offs, mask, offs_n, mask_n, pid_m, M, CO, BLOCK_M
             )  # fmt: skip

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from resnet_fast import _choices
 from resnet_fast.ops import triton_common as rooms
@@ -36,6 +37,7 @@ class Tile:
 _forced: Tile | None = None
 _every = False
 _architecture: int | None = None
+_way: str | None = None
 #: An A100's, for the order of candidates: flops per second and multiprocessor, bytes per second.
 PEAK_16, PEAK_IEEE, BANDWIDTH = 2.9e12, 0.18e12, 2e12
 NEAR = 1.15  # times within so much of each other are equal: the model knows no better
@@ -66,6 +68,17 @@ def every_candidate() -> Iterator[None]:
 
 
 @contextmanager
+def way(name: str) -> Iterator[None]:
+    """Take this way wherever `pick` has it; for tests and tables."""
+    global _way
+    before, _way = _way, name
+    try:
+        yield
+    finally:
+        _way = before
+
+
+@contextmanager
 def architecture(name: int) -> Iterator[None]:
     """Choose tiles as for a card of this architecture (80, 90, ...; see `architecture_of`), whatever card is here."""
     global _architecture
@@ -89,9 +102,14 @@ def architecture_of(device: torch.device) -> int:
 
 
 def gemm_tiles(
-    m: int, n: int, k: int, channels: int, bytes_: int, ieee: bool, sm: int, groups: int, arch: int
-) -> list[Tile]:
-    """Candidates for GEMM_M x GEMM_N x GEMM_K with `channels` summed per tap, best guess first."""
+    m: int, n: int, k: int, channels: int, bytes_: int, ieee: bool, sm: int, groups: int, arch: int,
+    fits: Callable[[Tile], bool] = lambda tile: True,
+) -> list[Tile]:  # fmt: skip
+    """Candidates for GEMM_M x GEMM_N x GEMM_K with `channels` summed per tap, best guess first.
+
+    Args:
+        fits: whether the kernel has registers for a tile.
+    """
     if ieee:  # no matrix instructions: registers are the limit
         base = [Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2)]
     elif bytes_ == 4:
@@ -109,6 +127,7 @@ def gemm_tiles(
         if arch == 80:  # elsewhere 128 x 128 sums spill in four warps
             base.insert(1, Tile(128, 128, 32, 4, 4))
     widest = max(16, min(rooms.next_power_of_2(n), 128))
+    base = list(filter(fits, base))
     fitting = [_fit(t, n, channels, bytes_) for t in base if t.n <= widest] or [_fit(base[-1], n, channels, bytes_)]
     best: dict[Tile, float] = {}
     for t in dict.fromkeys(fitting):
@@ -149,14 +168,18 @@ def _fit(t: Tile, n: int, channels: int, bytes_: int) -> Tile:
 
 
 def wgrad_tiles(
-    k: int, n: int, pixels: int, parts: int, taps: int, bytes_: int, ieee: bool, sm: int, arch: int
-) -> list[Tile]:
+    k: int, n: int, pixels: int, parts: int, taps: int, bytes_: int, ieee: bool, sm: int, arch: int,
+    prologue: bool = False,
+) -> list[Tile]:  # fmt: skip
     """Candidates for dw: k filters x n columns per tap (or row), `parts` of those (taps / TAPS times groups)."""
     if ieee:
         base = [Tile(32, 32, 16, 4, 2)]
     elif bytes_ == 4:
         wide = 64 if taps == 1 else 32  # three float32 sums of 64 x 64 spill on sm_100
         base = [Tile(64, wide, 32, 4, 2), Tile(32, 32, 32, 4, 2)]
+    elif taps == 3 and prologue and 80 <= arch < 90:
+        # Three sums of 64 x 64 and three tiles on their way through registers, 64 deep, are too much: 32 to 64 bytes spill.
+        base = [Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3), Tile(64, 32, 64, 4, 3)]
     elif taps == 3:
         base = [Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3), Tile(64, 32, 64, 4, 3)]  # the last: half the parts
     else:
@@ -192,33 +215,42 @@ def choose(key: str, tiles: list[Tile], run: Callable[[Tile], None], device: tor
         for tile in tiles:
             run(tile)
         return
-    if len(tiles) == 1 or device.type != "cuda":
-        run(tiles[0])
-        return
     by_name = {str(t): t for t in tiles}
-    known = _choices.get(f"triton tile|{key}")
-    if known in by_name:
-        run(by_name[known])
-    elif not _choices.measuring() or torch.cuda.is_current_stream_capturing():
-        run(tiles[0])
-    else:
-        best = min(tiles, key=lambda t: _seconds(run, t))
-        _choices.put(f"triton tile|{key}", str(best))
-        run(best)
+    run(by_name[_fastest(f"triton tile|{key}", list(by_name), lambda name: run(by_name[name]), device)])
 
 
-def _seconds(run: Callable[[Tile], None], tile: Tile) -> float:
+def pick(key: str, ways: dict[str, Callable[[], Tensor]], device: torch.device) -> Tensor:
+    """Compute something in the fastest of several ways, found as tiles are; without a measurement in the first."""
+    if _way in ways:
+        return ways[_way]()
+    return ways[_fastest(f"triton way|{key}", list(ways), lambda name: ways[name](), device)]()
+
+
+def _fastest(key: str, names: list[str], run: Callable[[str], object], device: torch.device) -> str:
+    if len(names) == 1 or device.type != "cuda":
+        return names[0]
+    known = _choices.get(key)
+    if known in names:
+        return known
+    if not _choices.measuring() or torch.cuda.is_current_stream_capturing():
+        return names[0]
+    best = min(names, key=lambda name: _seconds(run, name))
+    _choices.put(key, best)
+    return best
+
+
+def _seconds(run: Callable[[str], object], name: str) -> float:
     from triton.runtime.errors import OutOfResources
 
     try:
-        run(tile)  # compiles
+        run(name)  # compiles
     except OutOfResources:  # a card with less shared memory than the table was made for
         return float("inf")
     times = []
     for _ in range(3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        run(tile)
+        run(name)
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))

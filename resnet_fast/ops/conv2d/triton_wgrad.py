@@ -4,18 +4,19 @@ A GEMM whose long side, the output pixels, is the reduction: it is split among p
 are added in a fixed order by a second kernel. Bytes: dy and x once from memory, the partials twice; flops as forward.
 The idea: dy is loaded already transposed (a transposition after the load would lose the asynchronous copy); pixel
 indices are incremented with carries instead of divided; TAPS = 3 taps of a filter row share dy and the indices.
+A prologue normalises x (its vectors do not change in the loop), so that backward needs no activation in memory.
 Tried and lost: atomics (not deterministic); one tap per program for 3x3 filters (dy read 9 times instead of 3).
 """
 
 import triton
 import triton.language as tl
 
-from resnet_fast.ops.conv2d.triton_kernels import dot
+from resnet_fast.ops.conv2d.triton_kernels import dot, load_norm, normalised_tile
 
 
 @triton.jit
 def conv_weight_gradient(
-    dw_ptr, dy_ptr, x_ptr, M, rows,
+    dw_ptr, dy_ptr, x_ptr, pre_mean_ptr, pre_scale_ptr, pre_shift_ptr, M, rows,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CG: tl.constexpr,
     P: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, KG: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -25,7 +26,10 @@ def conv_weight_gradient(
     RUN: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """RUN: the columns are a filter row's S CG values, side by side in memory (few channels, no dilation along W)."""
+    """RUN: the columns are a filter row's S CG values, side by side in memory (few channels, no dilation along W).
+
+    pre_*: the input is relu(bn(x)), of which only x is in memory; not with RUN.
+    """
     WIDTH: tl.constexpr = S * CG if RUN else CG
     NUM_N: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     NUM_S: tl.constexpr = 1 if RUN else S // TAPS
@@ -54,6 +58,8 @@ def conv_weight_gradient(
         x_base = x_ptr + begin.to(tl.int64) * C + group * CG
     else:
         x_base = x_ptr + first.to(tl.int64) * (H * W * C) + group * CG
+    if pre_scale_ptr is not None:  # a program's channels stay, and with them their vectors
+        mean, scale, shift = load_norm(pre_mean_ptr, pre_scale_ptr, pre_shift_ptr, group * CG + tile_n, mask_n)
     acc0 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -64,6 +70,8 @@ def conv_weight_gradient(
             x = tl.load(
                 x_base + ((m + offs) * C)[:, None] + tile_n[None, :], mask=inside[:, None] & mask_n[None, :], other=0.0
             )
+            if pre_scale_ptr is not None:  # beyond the last pixel dy is zero, and x need not be
+                x = normalised_tile(x, mean, scale, shift, inside, True)
             acc0 = dot(dy, x, acc0, PRECISION)
         else:
             h = p * STRIDE_H - PAD_H + r * DIL_H
@@ -74,17 +82,24 @@ def conv_weight_gradient(
                 column = w[:, None] + (tile_n // CG)[None, :]
                 valid = inside[:, None] & (column >= 0) & (column < W) & mask_n[None, :]
             else:
-                valid = (inside & (w >= 0) & (w < W))[:, None] & mask_n[None, :]
+                on = inside & (w >= 0) & (w < W)
+                valid = on[:, None] & mask_n[None, :]
             x = tl.load(at, mask=valid, other=0.0)
+            if pre_scale_ptr is not None:
+                x = normalised_tile(x, mean, scale, shift, on, False)
             acc0 = dot(dy, x, acc0, PRECISION)
             if TAPS == 3:
                 w1 = w + DIL_W
                 w2 = w + 2 * DIL_W
-                x1 = tl.load(at + DIL_W * C, mask=(inside & (w1 >= 0) & (w1 < W))[:, None] & mask_n[None, :], other=0.0)
+                on1 = inside & (w1 >= 0) & (w1 < W)
+                on2 = inside & (w2 >= 0) & (w2 < W)
+                x1 = tl.load(at + DIL_W * C, mask=on1[:, None] & mask_n[None, :], other=0.0)
+                if pre_scale_ptr is not None:
+                    x1 = normalised_tile(x1, mean, scale, shift, on1, False)
                 acc1 = dot(dy, x1, acc1, PRECISION)
-                x2 = tl.load(
-                    at + 2 * DIL_W * C, mask=(inside & (w2 >= 0) & (w2 < W))[:, None] & mask_n[None, :], other=0.0
-                )
+                x2 = tl.load(at + 2 * DIL_W * C, mask=on2[:, None] & mask_n[None, :], other=0.0)
+                if pre_scale_ptr is not None:
+                    x2 = normalised_tile(x2, mean, scale, shift, on2, False)
                 acc2 = dot(dy, x2, acc2, PRECISION)
             # The next BLOCK_K pixels, with carries from columns to rows to images.
             q += BLOCK_K % Q

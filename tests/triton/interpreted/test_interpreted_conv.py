@@ -16,6 +16,7 @@ from conv_cases import (
     check_forward,
     check_fused,
     check_prologue,
+    check_prologue_backward,
     check_statistics,
     check_stem,
     given,
@@ -114,6 +115,104 @@ def test_prologue_options(training, affine):
 def test_prologue_and_statistics(name, dtype):
     with use(Tile(32, 32, 16)):
         check_chain(name, dtype)
+
+
+@pytest.mark.parametrize("name, dtype, training", [(*case, i % 2 == 0) for i, case in enumerate(QUICK)])
+def test_prologue_backward(name, dtype, training):
+    """The norm before a convolution in its backward; statistics the batch's and known, in turn."""
+    check_prologue_backward(name, dtype, training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name, dtype", [c for c in QUICK if c[0] in ("3x3", "1x1 stride 2", "groups", "asymmetric")])
+def test_prologue_backward_is_bit_for_bit(name, dtype, training):
+    with use(Tile(32, 32, 32)):
+        check_prologue_backward(name, dtype, training, bitwise=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["3x3", "1x1", "groups"])
+def test_prologue_backward_options(name, training):
+    """No affine parameters, vectors in 16 bit, split sums, NaN and infinities."""
+    check_prologue_backward(name, torch.float16, training, affine=False)
+    check_prologue_backward(name, torch.bfloat16, training, vectors=torch.bfloat16, seed=20)
+    with use(Tile(32, 32, 16, split=3)):
+        check_prologue_backward(name, torch.float16, training, seed=40)
+    check_prologue_backward(name, torch.float32, training, nan=True, seed=60)
+
+
+@pytest.mark.parametrize("bits", range(32))
+def test_prologue_backward_wants(bits):
+    wants = tuple(bool(bits >> i & 1) for i in range(5))
+    small = ((1, 8, 4, 5), (8, 8, 3, 3), 1 + bits % 3 // 2, 1, 1, 1)
+    check_prologue_backward(small, torch.float32, bits % 2 == 0, wants=wants, seed=bits)
+
+
+@pytest.mark.parametrize("name", ["3x3", "1x1"])
+def test_prologue_backward_from_a_stored_activation(name):
+    """The weight gradient's other way, for filters whose prologue has a mask."""
+    check_prologue_backward(name, torch.float16, way="stored", seed=3)
+
+
+def test_prologue_backward_is_taken_without_a_measurement(monkeypatch):
+    """Backward whole, forward by its parts; asked for by name both whole."""
+    from resnet_fast import backends
+
+    monkeypatch.setenv("RESNET_FAST_TUNE", "0")
+    z, weight = random((1, 8, 5, 5), torch.float32, 0), random((8, 8, 3, 3), torch.float32, 1)
+    for name, forward in (("auto", False), ("triton", True)):
+        x = z.clone().requires_grad_()
+        with use_backend(name), backends.record() as events:
+            functional.bn_act_conv2d(x, None, None, None, None, weight, training=True, padding=1).sum().backward()
+        assert ("bn_act_conv2d", "bwd", "triton") in events
+        assert (("bn_act_conv2d", "fwd", "triton") in events) == forward
+
+
+def test_prologue_pays_by_counted_work():
+    """1x1 always; 3x3 where the map is large for its channels, or is read at a stride."""
+    from resnet_fast.ops.bn_act_conv2d import triton
+
+    def pays(c, h, k, taps, stride=1):
+        z, weight = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((32, c, h, h), (k, c, taps, taps)))
+        dout = torch.empty(32, k, h // stride, h // stride, dtype=torch.bfloat16, device="meta")
+        return triton._prologue_pays(dout, z, weight, [stride] * 2, [taps // 2] * 2, [1, 1], 1)
+
+    assert pays(64, 56, 256, 1) and pays(512, 7, 2048, 1)
+    assert pays(64, 56, 64, 3) and pays(128, 56, 128, 3, 2)
+    assert not pays(128, 28, 128, 3) and not pays(512, 7, 512, 3)
+
+
+def test_prologue_backward_merges_in_two_levels(monkeypatch):
+    monkeypatch.setattr(room("bn_act"), "MERGE", (2, 16))
+    with use(Tile(16, 16, 16)):
+        check_prologue_backward(((4, 16, 11, 13), (24, 16, 1, 1), 1, 0, 1, 1), torch.float16)
+
+
+def test_prologue_backward_over_processes_is_the_parts():
+    """Where the sums dz needs are not this process's alone the operator is not run whole; in one process nothing changes."""
+    from resnet_fast import backends
+
+    z, weight, geometry = given("3x3", torch.float32, 0)
+    dout = random((2, 32, 7, 9), torch.float32, 2)
+    mean, var = room("bn_act").statistics(z)
+    count = torch.full((1,), 2.0 * 7 * 9, dtype=torch.float64)
+    gamma, beta = torch.ones(16), torch.zeros(16)
+    found = {}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for group in ("", torch.distributed.group.WORLD.group_name):
+            tensors = (dout, z, gamma, beta, mean, var, count, weight)
+            with use_backend("triton"), backends.record() as events:
+                grads = torch.ops.resnet_fast.bn_act_conv2d_backward(
+                    *tensors, True, True, 1e-5, *geometry, group, [True] * 5
+                )
+            assert (("bn_act_conv2d", "bwd", "triton") in events) == (group == "")
+            assert (("bn_act", "dx", "triton") in events) == (group != "")
+            found[group] = grads
+    finally:
+        torch.distributed.destroy_process_group()
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name, dtype", list(zip(STEMS, FLOATS[1:] * 3)))
@@ -262,3 +361,4 @@ def test_proof(name, dtype):
     check_fused(name, dtype, seed=400)
     check_backward(name, dtype, seed=500)
     check_prologue(name, dtype, training=False, seed=600)
+    check_prologue_backward(name, dtype, dtype != torch.float16, seed=700)
