@@ -61,8 +61,10 @@ const char* pack_strided_why_not(const ConvShape& s, DType t, int algorithm) {
     return "filters of any strides are packed for an even number of input channels in bfloat16";
   if (const char* why = kConvKernels.why_not(s, t, algorithm)) return why;
   const char* name = kConvKernels.name(algorithm);
-  const bool known = std::strcmp(name, "direct") == 0 || std::strncmp(name, "winograd", 8) == 0;
-  return known ? nullptr : "filters of any strides are packed for direct and the Winograd algorithms only";
+  for (const char* known : {"direct", "winograd4", "winograd4x2", "winograd2", "winograd4_strided"}) {
+    if (std::strcmp(name, known) == 0) return nullptr;
+  }
+  return "filters of any strides are packed for direct and the Winograd algorithms of 3x3 filters only";
 }
 
 template <class Word>

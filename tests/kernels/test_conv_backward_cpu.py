@@ -290,6 +290,10 @@ def test_packing_of_other_kinds_is_refused():
     if _C.isa() == "avx512_bf16":
         assert "even" in _C.conv_pack_strided_why_not([*shape[:3], 31, *shape[4:]], 1, 0)
     assert "groups" in _C.conv_pack_strided_why_not([*shape[:15], 4], 0, 0)
+    stem = [1, 16, 16, 3, 32, 7, 7, 8, 8, 2, 2, 3, 3, 1, 1, 1]
+    for algorithm, name in enumerate(_C.conv_algorithms()):
+        if name != "direct" and _C.conv_why_not(stem, 0, algorithm) is None:
+            assert "3x3" in _C.conv_pack_strided_why_not(stem, 0, algorithm), name
 
 
 def test_sliced_weights():
