@@ -4,8 +4,8 @@
 // direct: with three channels a second transform would cost more than it saves. 13/28 of 2*N*P*Q*K*R*7*3 flops and
 // about a fifth more for the transforms; rms error 1.3 to 1.6 times a direct sum's.
 // A row's 13 inputs of a tile are split into 8 phases (columns modulo 8), so that the transform runs over tiles; it is
-// shared by the R/2 output rows that read the row and by all filters. The points' GEMMs then have tiles for rows and R*3
-// for depth, read in place.
+// shared by the R/2 output rows that read the row and by all filters. The points' GEMMs then have tiles for rows and
+// R*3 for depth, read in place.
 #include "conv_algorithms.h"
 
 namespace rf {
@@ -193,8 +193,8 @@ class Run {
         const int64_t phase = p_.phase_line();
         for (int64_t t = 0; t < p_.line; t += kLanes) {
           const float* from = phases_ + t;
-          input_points([&](int i) __attribute__((
-                           always_inline)) { return load(from + i % kPhases * phase + i / kPhases); },
+          input_points([&](int i)
+                           __attribute__((always_inline)) { return load(from + i % kPhases * phase + i / kPhases); },
                        [&](int i, Vec v) __attribute__((always_inline)) { store(to + i * p_.point + t, v); });
         }
       }
@@ -269,8 +269,7 @@ void run(const ConvArgs& a, const Team& team) { Run(a, team); }
 
 }  // namespace
 
-const Algorithm kWinogradStem = {"winograd_stem", 1,    kOut,          why_not, defaults,
-                                 packed_bytes,    pack, scratch_bytes, run};
+const Algorithm kWinogradStem = {"winograd_stem", 1, kOut, why_not, defaults, packed_bytes, pack, scratch_bytes, run};
 
 }  // namespace RF_ISA
 }  // namespace rf

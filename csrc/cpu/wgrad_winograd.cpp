@@ -1,12 +1,12 @@
 // The weight gradient of a 3x3 stride 1 convolution by Winograd's F(3x3, 4x4): per tile of 4x4 outputs
 // dw += A^T [ (G dy G^T) * (B^T x B) ] A with 36 products for 144, in float32 whatever the tensors are.
-// B is the forward's (winograd_lines.h: points 0, +-3/4, +-3/2, infinity); A^T m A is linear, so the products are summed over
-// all tiles first (36 GEMMs of K x C, depth = tiles) and transformed once. 2*36/16*N*P*Q*K*C flops where tiles divide
-// the image. A block of tiles: the team transforms dy and x together, point by point into rows of all filters and of
-// all channels, then every thread runs its own (panel, point) GEMMs over all of it, fetching the next point and the
-// tensors of the next block meanwhile. Sums have one owner and one order of blocks: the same bits for any team. bf16
-// tensors are widened: a bf16 F(3x3, 2x2) needs 2.25 times fewer products at twice the rate, so no less time, and
-// rounds its transforms.
+// B is the forward's (winograd_lines.h: points 0, +-3/4, +-3/2, infinity); A^T m A is linear, so the products are
+// summed over all tiles first (36 GEMMs of K x C, depth = tiles) and transformed once. 2*36/16*N*P*Q*K*C flops where
+// tiles divide the image. A block of tiles: the team transforms dy and x together, point by point into rows of all
+// filters and of all channels, then every thread runs its own (panel, point) GEMMs over all of it, fetching the next
+// point and the tensors of the next block meanwhile. Sums have one owner and one order of blocks: the same bits for any
+// team. bf16 tensors are widened: a bf16 F(3x3, 2x2) needs 2.25 times fewer products at twice the rate, so no less
+// time, and rounds its transforms.
 #include "../conv_backward.h"
 #include "scratch.h"
 #include "wgrad_tile.h"

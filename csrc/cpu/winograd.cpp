@@ -80,8 +80,8 @@ struct Doors {
 const Algorithm kWinograd4 = Doors<Line4, Line4, true, false, nullptr>::algorithm("winograd4", why_not4);
 const Algorithm kWinograd2 = Doors<Line2, Line2, true, true, winograd2_bf16>::algorithm("winograd2", why_not);
 const Algorithm kWinograd4x2 = Doors<Line4, Line2, false, true, winograd4x2_bf16>::algorithm("winograd4x2", why_not4x2);
-const Algorithm kWinograd4Strided =
-    Doors<LineStrided4, LineStrided4, true, true, winograd4_strided_bf16>::algorithm("winograd4_strided", why_not_strided);
+const Algorithm kWinograd4Strided = Doors<LineStrided4, LineStrided4, true, true, winograd4_strided_bf16>::algorithm(
+    "winograd4_strided", why_not_strided);
 
 }  // namespace RF_ISA
 }  // namespace rf

@@ -1,8 +1,8 @@
-// Winograd's 3x3 convolution of one tile: Y = A^T [ sum_c (G g G^T) * (B^T d B) ] A, a line (winograd_lines.h) of kind H
-// for the rows by one of kind W for the columns. Of the direct multiplications, 4x4 take 0.25, 4x2 0.33, 2x2 0.44; with
-// stride 2, 4x4 take 0.56.
-// Tried and lost: keeping the whole 6x6 tile between the two passes of the input transform. It spills, and a
-// 512-bit store costs two cycles; reading a column again for every pair of points costs one.
+// Winograd's 3x3 convolution of one tile: Y = A^T [ sum_c (G g G^T) * (B^T d B) ] A, a line (winograd_lines.h) of kind
+// H for the rows by one of kind W for the columns. Of the direct multiplications, 4x4 take 0.25, 4x2 0.33, 2x2 0.44;
+// with stride 2, 4x4 take 0.56. Tried and lost: keeping the whole 6x6 tile between the two passes of the input
+// transform. It spills, and a 512-bit store costs two cycles; reading a column again for every pair of points costs
+// one.
 #pragma once
 #include "winograd_lines.h"
 
@@ -10,7 +10,8 @@ namespace rf {
 namespace RF_ISA {
 
 // Transforms channels [0, channels) of one tile of h by w outputs. at: its input pixels, W::kIn to a row, each a run of
-// channels. Point (i, j) of a channel lands at out + (i * W::kIn + j) * point_stride, chunks of channels chunk_stride apart.
+// channels. Point (i, j) of a channel lands at out + (i * W::kIn + j) * point_stride, chunks of channels chunk_stride
+// apart.
 template <class H, int h, class W, int w, class T, class Element>
 __attribute__((noinline)) void input_tile(const T* const* at, Range channels, int64_t real, int chunk, Element* out,
                                           int64_t chunk_stride, int64_t point_stride) {
@@ -22,9 +23,8 @@ __attribute__((noinline)) void input_tile(const T* const* at, Range channels, in
     const auto transform = [&](auto get) __attribute__((always_inline)) {
       const auto finish = [&](const Vec* line, int i) __attribute__((always_inline)) {
         line_points<W, w>([&](int j) __attribute__((always_inline)) { return line[j]; },
-                          [&](int j, Vec v) __attribute__((always_inline)) {
-                            store(to + (i * W::kIn + j) * point_stride, v);
-                          });
+                          [&](int j, Vec v)
+                              __attribute__((always_inline)) { store(to + (i * W::kIn + j) * point_stride, v); });
       };
       const auto column = [&](int j) __attribute__((always_inline)) {
         return [&get, j](int i) __attribute__((always_inline)) { return get(i, j); };
@@ -35,8 +35,7 @@ __attribute__((noinline)) void input_tile(const T* const* at, Range channels, in
         finish(first, 0);
       }
       RF_UNROLL for (int p = 0; p < Rows::kPairs; ++p) {
-        RF_UNROLL for (int j = 0; j < kW; ++j)
-            H::template pair<h>(p, column(j), first[j], second[j]);
+        RF_UNROLL for (int j = 0; j < kW; ++j) H::template pair<h>(p, column(j), first[j], second[j]);
         finish(first, H::kZero + 2 * p);
         finish(second, H::kZero + 2 * p + 1);
       }
@@ -52,9 +51,8 @@ __attribute__((noinline)) void input_tile(const T* const* at, Range channels, in
     if (n == kLanes) {
       transform([&](int i, int j) __attribute__((always_inline)) { return load(at[i * W::kIn + j] + c); });
     } else {
-      transform([&](int i, int j) __attribute__((always_inline)) {
-        return load_n(at[i * W::kIn + j] + (n ? c : 0), n);
-      });
+      transform([&](int i, int j)
+                    __attribute__((always_inline)) { return load_n(at[i * W::kIn + j] + (n ? c : 0), n); });
     }
   }
 }

@@ -1,5 +1,6 @@
-// "winograd2", "winograd4x2" and "winograd4_strided" on bf16 tensors: transforms in float32, the transformed input and filters rounded to
-// bf16 where the machine multiplies pairs of it. A layer's rms error, eager's 1: F(2x2) 1.6, F(4x2) 2.5 to 3.2.
+// "winograd2", "winograd4x2" and "winograd4_strided" on bf16 tensors: transforms in float32, the transformed input and
+// filters rounded to bf16 where the machine multiplies pairs of it. A layer's rms error, eager's 1: F(2x2) 1.6,
+// F(4x2) 2.5 to 3.2.
 #include "winograd_run.h"
 
 namespace rf {

@@ -7,9 +7,9 @@
 //                 a direct sum: the polynomials have one degree less.
 // The last tile of a line may have fewer outputs: F(r, 3) on some of the points costs as many products as it needs. Its
 // filters are those points' filters of the whole F(4, 3); what their normalisation owes to the absent points,
-// prod (p - p_absent), is made good in B^T. The portable build has whole tiles only: it need not be fast, and g++ takes a
-// minute over the others.
-// A sub-line has r outputs: 4 and 3 have both pairs of points, 2 and 1 the first; 4 and 2 have infinity.
+// prod (p - p_absent), is made good in B^T. The portable build has whole tiles only: it need not be fast, and g++ takes
+// a minute over the others. A sub-line has r outputs: 4 and 3 have both pairs of points, 2 and 1 the first; 4 and 2
+// have infinity.
 #pragma once
 #include "conv_algorithms.h"
 

@@ -1,8 +1,8 @@
 // The Winograd convolution around its transforms: packing, blocks of tiles, threads.
 // Buffers: V [point][tile][channel] as packed GEMM rows, sums [point][panel][tile][kPanel]; points an odd number of
-// cache lines apart. Tiles of several sizes (14 = 4 + 4 + 4 + 2) lie in a block one kind after the other; a point's GEMM
-// takes the rows of the kinds that have it. Threads share tiles, or (split_cols) transform one V together and share output channels:
-// better where there are few tiles and many weights (7x7).
+// cache lines apart. Tiles of several sizes (14 = 4 + 4 + 4 + 2) lie in a block one kind after the other; a point's
+// GEMM takes the rows of the kinds that have it. Threads share tiles, or (split_cols) transform one V together and
+// share output channels: better where there are few tiles and many weights (7x7).
 #pragma once
 #include "winograd.h"
 
@@ -211,8 +211,10 @@ class WinogradRun {
       bool in[4];         // sections
       int64_t row_tiles;  // of these sections
     };
-    Section section[4] = {{0, {0, 0}, 0, TileRows(0)}, {0, {0, 0}, 0, TileRows(0)},
-                          {0, {0, 0}, 0, TileRows(0)}, {0, {0, 0}, 0, TileRows(0)}};
+    Section section[4] = {{0, {0, 0}, 0, TileRows(0)},
+                          {0, {0, 0}, 0, TileRows(0)},
+                          {0, {0, 0}, 0, TileRows(0)},
+                          {0, {0, 0}, 0, TileRows(0)}};
     Point point[kPoints];
     int sections = 0, points = 0;
     int64_t tiles = 0;
