@@ -260,7 +260,7 @@ constexpr SumTiles<Word> kSumTiles = SumTiles<Word>::make(std::make_integer_sequ
 // `rows` rows in as few tiles as can be, of even height: tile i is rows [first(i), first(i + 1)).
 struct TileRows {
   int64_t rows, tiles;
-  explicit TileRows(int64_t n) : rows(n), tiles(ceil_div(n, int64_t(kTileRows))) {}
+  explicit TileRows(int64_t n = 0) : rows(n), tiles(ceil_div(n, int64_t(kTileRows))) {}
   int64_t first(int64_t i) const { return rows * i / tiles; }
 };
 

@@ -201,9 +201,9 @@ class WinogradRun {
   // One block: a section of GEMM rows for every kind of tile, and the points with the sections that have them.
   struct Block {
     struct Section {
-      int kind;
-      Range tiles;
-      int64_t first;  // row of the block
+      int kind = 0;
+      Range tiles = {0, 0};
+      int64_t first = 0;  // row of the block
       TileRows rows;
     };
     struct Point {
@@ -211,10 +211,7 @@ class WinogradRun {
       bool in[4];         // sections
       int64_t row_tiles;  // of these sections
     };
-    Section section[4] = {{0, {0, 0}, 0, TileRows(0)},
-                          {0, {0, 0}, 0, TileRows(0)},
-                          {0, {0, 0}, 0, TileRows(0)},
-                          {0, {0, 0}, 0, TileRows(0)}};
+    Section section[4];
     Point point[kPoints];
     int sections = 0, points = 0;
     int64_t tiles = 0;
@@ -226,7 +223,8 @@ class WinogradRun {
         const Range here = p.mixed ? part(all, k, i, mine.blocks)
                                    : Range{smaller(begin, all.end), smaller(begin + mine.step, all.end)};
         if (here.size() <= 0) continue;
-        section[sections++] = {k, here, tiles, TileRows(here.size())};
+        Section& made = section[sections++];
+        made.kind = k, made.tiles = here, made.first = tiles, made.rows = TileRows(here.size());
         tiles += here.size();
       }
       for (int index = 0; index < kPoints; ++index) {
