@@ -54,9 +54,8 @@ def floor(op: str, door: str, args: tuple[Any, ...], made: list[Tensor], kept: b
         dy, x, y = args[:3]
         again = (x, made[3]) if args[10][3] else (x, dy, y)
         return bytes_of(*given, *made) + (bytes_of(*again) if args[7] and args[10][0] else 0)
-    if (
-        op == "bn_act_conv2d" and door == "bwd"
-    ):  # dw from dout and z; dy from dout, its sums with z; then the apply pass
+    if op == "bn_act_conv2d" and door == "bwd":
+        # dw from dout and z; dy from dout, its sums with z; then the apply pass.
         (dout, z, *vectors, weight), training, wants = args[:7], args[8], args[14]
         first, apply = any(wants[:3]), training and wants[0]
         inner = first * bytes_of(dout, weight, z) + apply * (bytes_of(z) + bytes_of(z, z))
