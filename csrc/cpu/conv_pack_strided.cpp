@@ -15,8 +15,6 @@ extern const ConvKernels kConvKernels;  // conv.cpp
 
 namespace {
 
-constexpr size_t kStreamBytes = 8u << 20;  // packed filters this large will not wait in the caches anyway
-
 template <class Word>
 void pack_direct(const PackStridedArgs& a, const Team& team) {
   constexpr int kElements = WordOf<Word>::kElements;
@@ -38,19 +36,6 @@ void pack_direct(const PackStridedArgs& a, const Team& team) {
     const int64_t used = p.depth / kElements;
     std::memset(static_cast<void*>(out + used * kPanel), 0, size_t((p.words - used) * kPanel) * sizeof(Word));
   }
-}
-
-template <class H, class W, class Word>
-void pack_winograd(const PackStridedArgs& a, const Team& team) {
-  const WinogradPlan<H, W, Word> p(a.shape, {});
-  const WinogradFilter<H, W> g;
-  // The points lie a power of two apart and would evict each other from one L1 set.
-  const bool streamed = p.weight_bytes() >= kStreamBytes && reinterpret_cast<uintptr_t>(a.packed) % 64 == 0;
-  const Range panels = team.share(p.panels);
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-    pack_winograd_panel<H, W, Word>(a, g, p.words, panel, static_cast<Word*>(a.packed) + panel * p.words * kPanel,
-                                    p.panels * p.words * kPanel, streamed);
-  if (streamed) stream_fence();
 }
 
 }  // namespace

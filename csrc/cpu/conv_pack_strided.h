@@ -13,7 +13,8 @@ const char* pack_strided_why_not(const ConvShape&, DType, int algorithm);
 
 namespace {  // each translation unit its own: nothing here is large
 
-constexpr int kDepth = 16;  // input channels of a block: a line of channels_last filters
+constexpr size_t kStreamBytes = 8u << 20;  // packed filters this large will not wait in the caches anyway
+constexpr int kDepth = 16;                 // input channels of a block: a line of channels_last filters
 
 // Filters [panel * kPanel, + cols) by channels [c0, + depth) of tap (r, s) as [channel][kPanel], zeros beyond cols.
 struct Source {
@@ -54,7 +55,7 @@ RF_INLINE void put_line(Pair* out, const float* low, const float* high, bool str
 template <class H, class W, class Word>
 void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<H, W>& g, int64_t words, int64_t panel,
                          Word* panel_out, int64_t point, bool streamed) {
-  constexpr int kH = H::kIn, kW = W::kIn, kElements = WordOf<Word>::kElements;
+  constexpr int kH = H::kPoints, kW = W::kPoints, kElements = WordOf<Word>::kElements;
   const ConvShape& s = a.shape;
   alignas(64) float taps[9][kDepth * kPanel];
   alignas(64) double half[kElements][kH][3][kPanel];
@@ -86,6 +87,19 @@ void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<H, W>& g
         }
     }
   }
+}
+
+template <class H, class W, class Word>
+void pack_winograd(const PackStridedArgs& a, const Team& team) {
+  const WinogradPlan<H, W, Word> p(a.shape, {});
+  const WinogradFilter<H, W> g;
+  // The points lie a power of two apart and would evict each other from one L1 set.
+  const bool streamed = p.weight_bytes() >= kStreamBytes && reinterpret_cast<uintptr_t>(a.packed) % 64 == 0;
+  const Range panels = team.share(p.panels);
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+    pack_winograd_panel<H, W, Word>(a, g, p.words, panel, static_cast<Word*>(a.packed) + panel * p.words * kPanel,
+                                    p.panels * p.words * kPanel, streamed);
+  if (streamed) stream_fence();
 }
 
 }  // namespace

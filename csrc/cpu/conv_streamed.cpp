@@ -24,7 +24,7 @@ struct Streamed {
 
   explicit Streamed(const ConvShape& s) : config(whole(s)), plan(s, config) {
     point_words = int64_t(odd_lines(size_t(plan.words * kPanel) * sizeof(Word)) / sizeof(Word));
-    panel_bytes = size_t(point_words) * H::kIn * W::kIn * sizeof(Word);
+    panel_bytes = size_t(point_words) * H::kPoints * W::kPoints * sizeof(Word);
   }
   static ConvConfig whole(const ConvShape& s) {
     ConvConfig c;

@@ -32,6 +32,8 @@ struct Kernels {
   void (*wgrad_winograd)(const WgradArgs&);
   ConvBackwardWhyNot dgrad_why_not;
   void (*dgrad)(const DgradArgs&);
+  ConvBackwardWhyNot dgrad_winograd_why_not;
+  void (*dgrad_winograd)(const DgradArgs&);
   const char* (*pack_strided_why_not)(const ConvShape&, DType, int algorithm);
   void (*pack_strided)(const PackStridedArgs&);
   size_t (*streamed_scratch_bytes)(const ConvShape&, DType, int algorithm, int threads);

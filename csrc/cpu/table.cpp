@@ -21,6 +21,8 @@ const char* wgrad_winograd_why_not(const ConvShape&, DType);
 void wgrad_winograd(const WgradArgs&);
 const char* dgrad_why_not(const ConvShape&, DType);
 void dgrad(const DgradArgs&);
+const char* dgrad_winograd_why_not(const ConvShape&, DType);
+void dgrad_winograd(const DgradArgs&);
 const char* pack_strided_why_not(const ConvShape&, DType, int algorithm);
 void pack_strided(const PackStridedArgs&);
 size_t streamed_scratch_bytes(const ConvShape&, DType, int algorithm, int threads);
@@ -45,6 +47,8 @@ const Kernels kKernels = {
     /*wgrad_winograd=*/wgrad_winograd,
     /*dgrad_why_not=*/dgrad_why_not,
     /*dgrad=*/dgrad,
+    /*dgrad_winograd_why_not=*/dgrad_winograd_why_not,
+    /*dgrad_winograd=*/dgrad_winograd,
     /*pack_strided_why_not=*/pack_strided_why_not,
     /*pack_strided=*/pack_strided,
     /*streamed_scratch_bytes=*/streamed_scratch_bytes,

@@ -10,7 +10,7 @@ namespace rf {
 namespace RF_ISA {
 
 // Transforms channels [0, channels) of one tile of h by w outputs. at: its input pixels, W::kIn to a row, each a run of
-// channels. Point (i, j) of a channel lands at out + (i * W::kIn + j) * point_stride, chunks of channels chunk_stride
+// channels. Point (i, j) of a channel lands at out + (i * W::kPoints + j) * point_stride, chunks of channels chunk_stride
 // apart.
 template <class H, int h, class W, int w, class T, class Element>
 __attribute__((noinline)) void input_tile(const T* const* at, Range channels, int64_t real, int chunk, Element* out,
@@ -24,7 +24,7 @@ __attribute__((noinline)) void input_tile(const T* const* at, Range channels, in
       const auto finish = [&](const Vec* line, int i) __attribute__((always_inline)) {
         line_points<W, w>([&](int j) __attribute__((always_inline)) { return line[j]; },
                           [&](int j, Vec v)
-                              __attribute__((always_inline)) { store(to + (i * W::kIn + j) * point_stride, v); });
+                              __attribute__((always_inline)) { store(to + (i * W::kPoints + j) * point_stride, v); });
       };
       const auto column = [&](int j) __attribute__((always_inline)) {
         return [&get, j](int i) __attribute__((always_inline)) { return get(i, j); };
@@ -44,7 +44,7 @@ __attribute__((noinline)) void input_tile(const T* const* at, Range channels, in
         finish(first, H::kInfinity);
       }
       RF_UNROLL for (int i = 0; i < Rows::kOdd; ++i) {
-        RF_UNROLL for (int j = 0; j < kW; ++j) first[j] = get(2 * i + 1, j);
+        RF_UNROLL for (int j = 0; j < kW; ++j) first[j] = get(odd_input<H>(i), j);
         finish(first, H::kInfinity + 1 + i);
       }
     };
@@ -57,7 +57,7 @@ __attribute__((noinline)) void input_tile(const T* const* at, Range channels, in
   }
 }
 
-// A^T m A with the epilogue, for `cols` channels of one tile; `high` x `wide` of its outputs exist.
+// A^T m A with the epilogue, for `cols` channels of one tile; `high` x `wide` of its pixels exist.
 template <class T>
 struct OutputTile {
   T* y;
@@ -70,24 +70,25 @@ struct OutputTile {
 template <class H, int h, class W, int w, class T>
 __attribute__((noinline)) void output_tile(const float* sums, int64_t point_stride, Vec scale, Vec shift,
                                            const OutputTile<T>& o) {
-  Vec half[h][W::kIn], y[h][w];
+  constexpr int kHigh = h * H::kSpan, kWide = w * W::kSpan;
+  Vec half[kHigh][W::kPoints], y[kHigh][kWide];
   const auto column = [&](int j) __attribute__((always_inline)) {
-    Vec column[h];
+    Vec column[kHigh];
     line_outputs<H, h>(
-        [&](int i) __attribute__((always_inline)) { return load(sums + (i * W::kIn + j) * point_stride); }, column);
-    RF_UNROLL for (int i = 0; i < h; ++i) half[i][j] = column[i];
+        [&](int i) __attribute__((always_inline)) { return load(sums + (i * W::kPoints + j) * point_stride); }, column);
+    RF_UNROLL for (int i = 0; i < kHigh; ++i) half[i][j] = column[i];
   };
   using Cols = SubLine<W, w>;
   RF_UNROLL for (int j = 0; j < W::kZero + 2 * Cols::kPairs; ++j) column(j);
   if constexpr (Cols::kInfinity) column(W::kInfinity);
   RF_UNROLL for (int j = 0; j < Cols::kOdd; ++j) column(W::kInfinity + 1 + j);
-  RF_UNROLL for (int i = 0; i < h; ++i) {
+  RF_UNROLL for (int i = 0; i < kHigh; ++i) {
     line_outputs<W, w>([&](int j) __attribute__((always_inline)) { return half[i][j]; }, y[i]);
-    RF_UNROLL for (int j = 0; j < w; ++j) y[i][j] = fma(y[i][j], scale, shift);
+    RF_UNROLL for (int j = 0; j < kWide; ++j) y[i][j] = fma(y[i][j], scale, shift);
   }
-  if (o.high >= h && o.wide >= w && o.cols >= kLanes) {
-    RF_UNROLL for (int i = 0; i < h; ++i) {
-      RF_UNROLL for (int j = 0; j < w; ++j) {
+  if (o.high >= kHigh && o.wide >= kWide && o.cols >= kLanes) {
+    RF_UNROLL for (int i = 0; i < kHigh; ++i) {
+      RF_UNROLL for (int j = 0; j < kWide; ++j) {
         const int64_t at = i * o.row_stride + j * o.pixel_stride;
         if (o.residual) y[i][j] = y[i][j] + load(o.residual + at);
         if (o.relu) y[i][j] = relu(y[i][j]);
@@ -97,9 +98,9 @@ __attribute__((noinline)) void output_tile(const float* sums, int64_t point_stri
     return;
   }
   const int n = smaller(o.cols, kLanes);
-  RF_UNROLL for (int i = 0; i < h; ++i) {
+  RF_UNROLL for (int i = 0; i < kHigh; ++i) {
     if (i >= o.high) break;
-    RF_UNROLL for (int j = 0; j < w; ++j) {
+    RF_UNROLL for (int j = 0; j < kWide; ++j) {
       if (j >= o.wide) break;
       const int64_t at = i * o.row_stride + j * o.pixel_stride;
       if (o.residual) y[i][j] = y[i][j] + load_n(o.residual + at, n);
@@ -132,7 +133,7 @@ TileTransforms<T, Element> tile_transforms(int h, int w) {
   return found;
 }
 
-// Compiled once, in winograd.cpp and winograd_bf16.cpp.
+// Compiled once, in winograd.cpp, winograd_bf16.cpp and dgrad_winograd.cpp.
 template <class T, class Word>
 using TransformsOf = TileTransforms<T, typename WordOf<Word>::Element>;
 #define RF_TRANSFORMS(H, W, T, Word) TransformsOf<T, Word> tile_transforms<H, W, T, WordOf<Word>::Element>(int, int)
@@ -142,6 +143,7 @@ extern template RF_TRANSFORMS(LineStrided4, LineStrided4, float, float);
 extern template RF_TRANSFORMS(Line4, Line2, bf16, Bf16Word);
 extern template RF_TRANSFORMS(Line2, Line2, bf16, Bf16Word);
 extern template RF_TRANSFORMS(LineStrided4, LineStrided4, bf16, Bf16Word);
+extern template RF_TRANSFORMS(LineTransposed4, LineTransposed4, float, float);
 
 }  // namespace RF_ISA
 }  // namespace rf

@@ -5,6 +5,8 @@
 //   LineStrided4  4 outputs of stride 2 from 9 inputs and products, for 12: the even inputs meet two taps, F(4, 2) on
 //                 +-1/2, +-3/2, infinity; the odd ones meet one and are their own products. No more rounding error than
 //                 a direct sum: the polynomials have one degree less.
+//   LineTransposed4  the data gradient of stride 2: 8 of dx from 5 gradients and 9 products, for 12. Of two neighbours
+//                 one meets the middle tap, the other the outer two: F(4, 2) on the points of LineStrided4.
 // The last tile of a line may have fewer outputs: F(r, 3) on some of the points costs as many products as it needs. Its
 // filters are those points' filters of the whole F(4, 3); what their normalisation owes to the absent points,
 // prod (p - p_absent), is made good in B^T. The portable build has whole tiles only: it need not be fast, and g++ takes
@@ -56,19 +58,29 @@ struct TwoPairs {
   }
 };
 
-// kZero and kPairs: how many points 0 and +-p; kOdd: inputs that are products themselves; kInfinity: its place.
+// kOut outputs, kSpan pixels each, from kIn inputs, kStride an output; one output meets kReach inputs. kZero and kPairs:
+// how many points 0 and +-p; kOdd: inputs that are products themselves; kInfinity: its place among kPoints.
 struct Line4 : TwoPairs<Line4> {
-  static constexpr int kOut = 4, kIn = 6, kStride = 1, kFirst = 1, kZero = 1, kPairs = 2, kOdd = 0, kInfinity = 5;
+  static constexpr int kOut = 4, kSpan = 1, kIn = 6, kStride = 1, kReach = 3, kFirst = 1;
+  static constexpr int kPoints = 6, kZero = 1, kPairs = 2, kOdd = 0, kInfinity = 5;
   static constexpr bool kTails = kLanes > 4;
   static constexpr float kA = 0.75f, kB = 1.5f;
 };
 struct LineStrided4 : TwoPairs<LineStrided4> {
-  static constexpr int kOut = 4, kIn = 9, kStride = 2, kFirst = 0, kZero = 0, kPairs = 2, kOdd = 4, kInfinity = 4;
+  static constexpr int kOut = 4, kSpan = 1, kIn = 9, kStride = 2, kReach = 3, kFirst = 0;
+  static constexpr int kPoints = 9, kZero = 0, kPairs = 2, kOdd = 4, kInfinity = 4;
+  static constexpr bool kTails = kLanes > 4;
+  static constexpr float kA = 0.5f, kB = 1.5f;
+};
+struct LineTransposed4 : TwoPairs<LineTransposed4> {
+  static constexpr int kOut = 4, kSpan = 2, kIn = 5, kStride = 1, kReach = 2, kFirst = 0;
+  static constexpr int kPoints = 9, kZero = 0, kPairs = 2, kOdd = 4, kInfinity = 4;
   static constexpr bool kTails = kLanes > 4;
   static constexpr float kA = 0.5f, kB = 1.5f;
 };
 struct Line2 {
-  static constexpr int kOut = 2, kIn = 4, kStride = 1, kZero = 1, kPairs = 1, kOdd = 0, kInfinity = 3;
+  static constexpr int kOut = 2, kSpan = 1, kIn = 4, kStride = 1, kReach = 3;
+  static constexpr int kPoints = 4, kZero = 1, kPairs = 1, kOdd = 0, kInfinity = 3;
   static constexpr bool kTails = false;
   static constexpr float kA = 1, kB = 0;
   template <int r, class In>
@@ -93,13 +105,19 @@ struct SubLine {
   static constexpr int kPairs = r <= 2 ? 1 : L::kPairs;
   static constexpr bool kInfinity = r % 2 == 0;
   static constexpr int kOdd = L::kOdd ? r : 0;
-  static constexpr int kIn = (r - 1) * L::kStride + 3;  // inputs, and as many points
+  static constexpr int kIn = (r - 1) * L::kStride + L::kReach;  // inputs
 };
 template <class L>
 RF_INLINE bool has_point(int outputs, int point) {
   if (point == L::kInfinity) return outputs % 2 == 0;
   if (point > L::kInfinity) return point - L::kInfinity - 1 < outputs;
   return point < L::kZero + 2 * (outputs <= 2 ? 1 : L::kPairs);
+}
+
+// The input that is the product of point kInfinity + 1 + i.
+template <class L>
+constexpr int odd_input(int i) {
+  return L::kReach == 3 ? 2 * i + 1 : i;
 }
 
 // Calls make(point, value) for every point of the line whose inputs are d(0), d(1), ...
@@ -114,13 +132,14 @@ RF_INLINE void line_points(const In& d, const Make& make) {
     make(L::kZero + 2 * p + 1, minus);
   }
   if constexpr (Sub::kInfinity) make(L::kInfinity, L::template infinity<r>(d));
-  RF_UNROLL for (int i = 0; i < Sub::kOdd; ++i) make(L::kInfinity + 1 + i, d(2 * i + 1));
+  RF_UNROLL for (int i = 0; i < Sub::kOdd; ++i) make(L::kInfinity + 1 + i, d(odd_input<L>(i)));
 }
 
-// A^T m: r outputs y from the points m(0), m(1), ...
+// A^T m: r outputs, kSpan pixels each, from the points m(0), m(1), ...
 template <class L, int r, class In>
-RF_INLINE void line_outputs(const In& m, Vec* y) {
+RF_INLINE void line_outputs(const In& m, Vec* out) {
   using Sub = SubLine<L, r>;
+  Vec y[r];
   constexpr float a = L::kA, b = L::kB;
   const Vec sum_a = m(L::kZero) + m(L::kZero + 1), difference_a = m(L::kZero) - m(L::kZero + 1);
   if constexpr (Sub::kPairs == 1) {
@@ -135,23 +154,70 @@ RF_INLINE void line_outputs(const In& m, Vec* y) {
   }
   if constexpr (L::kZero) y[0] = m(0) + y[0];
   if constexpr (Sub::kInfinity) y[r - 1] = y[r - 1] + m(L::kInfinity);
-  RF_UNROLL for (int i = 0; i < Sub::kOdd; ++i) y[i] = y[i] + m(L::kInfinity + 1 + i);
+  RF_UNROLL for (int i = 0; i < r; ++i) {
+    if constexpr (L::kSpan == 2) {
+      out[2 * i] = m(L::kInfinity + 1 + i);
+      out[2 * i + 1] = y[i];
+    } else {
+      out[i] = Sub::kOdd ? y[i] + m(L::kInfinity + 1 + i) : y[i];
+    }
+  }
+}
+
+// A d: the points of r gradients d(0), d(1), ..., as the weight gradient wants them; calls make(point, value).
+template <class L, int r, class In, class Make>
+RF_INLINE void line_gradients(const In& d, const Make& make) {
+  using Sub = SubLine<L, r>;
+  if constexpr (L::kZero) make(0, d(0));
+  RF_UNROLL for (int p = 0; p < Sub::kPairs; ++p) {
+    const float at = p ? L::kB : L::kA;
+    Vec even = d(0), odd = zero();
+    if constexpr (r > 1) odd = d(1);
+    if constexpr (r > 2) even = fma(d(2), broadcast(at * at), even);
+    if constexpr (r > 3) odd = fma(d(3), broadcast(at * at), odd);
+    make(L::kZero + 2 * p, fma(odd, broadcast(at), even));
+    make(L::kZero + 2 * p + 1, fma(odd, broadcast(-at), even));
+  }
+  if constexpr (Sub::kInfinity) make(L::kInfinity, d(r - 1));
+  RF_UNROLL for (int i = 0; i < Sub::kOdd; ++i) make(L::kInfinity + 1 + i, d(i));
+}
+
+// G^T m: three taps from the points m(0), m(1), ...
+template <class L, class In>
+RF_INLINE void line_taps(const In& m, Vec* taps) {
+  constexpr int kA = L::kZero, kB = L::kZero + 2;
+  constexpr float a = L::kA, b = L::kB, a2 = a * a, b2 = b * b;
+  const Vec sum_a = m(kA) + m(kA + 1), sum_b = m(kB) + m(kB + 1), difference_a = m(kA) - m(kA + 1),
+            difference_b = m(kB) - m(kB + 1);
+  if constexpr (L::kOdd) {
+    constexpr float na = 1 / (2 * (a2 - b2)), nb = 1 / (2 * (b2 - a2));
+    taps[0] = fma(difference_a, broadcast(na / a), difference_b * broadcast(nb / b));
+    taps[1] = zero();
+    RF_UNROLL for (int i = L::kInfinity + 1; i < L::kPoints; ++i) taps[1] = taps[1] + m(i);
+    taps[2] = fma(sum_a, broadcast(na), fma(sum_b, broadcast(nb), m(L::kInfinity)));
+  } else {
+    constexpr float n0 = 1 / (a2 * b2), na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));
+    taps[0] = fma(m(0), broadcast(n0), fma(sum_a, broadcast(na), sum_b * broadcast(nb)));
+    taps[1] = fma(difference_b, broadcast(nb * b), difference_a * broadcast(na * a));
+    taps[2] = fma(sum_b, broadcast(nb * b2), fma(sum_a, broadcast(na * a2), m(L::kInfinity)));
+  }
 }
 
 // G, in double.
 template <class L>
 inline void line_filter_matrix(double (*g)[3]) {
   constexpr int kFinite = L::kZero + 2 * L::kPairs;
+  constexpr int first = L::kSpan == 2 ? 2 : 0, last = 2 - first;  // gradients meet the taps in reverse
   const double pairs[4] = {L::kA, -L::kA, L::kB, -L::kB};
   const auto point = [&](int i) { return i < L::kZero ? 0.0 : pairs[i - L::kZero]; };
   for (int i = 0; i < kFinite; ++i) {
     double product = 1;
     for (int j = 0; j < kFinite; ++j) product *= j == i ? 1 : point(i) - point(j);
-    g[i][0] = 1 / product, g[i][1] = L::kOdd ? 0 : point(i) / product;
-    g[i][2] = (L::kOdd ? point(i) : point(i) * point(i)) / product;
+    g[i][first] = 1 / product, g[i][1] = L::kOdd ? 0 : point(i) / product;
+    g[i][last] = (L::kOdd ? point(i) : point(i) * point(i)) / product;
   }
-  g[L::kInfinity][0] = g[L::kInfinity][1] = 0, g[L::kInfinity][2] = 1;
-  for (int i = L::kInfinity + 1; i < L::kIn; ++i) g[i][0] = g[i][2] = 0, g[i][1] = 1;
+  g[L::kInfinity][first] = g[L::kInfinity][1] = 0, g[L::kInfinity][last] = 1;
+  for (int i = L::kInfinity + 1; i < L::kPoints; ++i) g[i][0] = g[i][2] = 0, g[i][1] = 1;
 }
 
 // One dimension cut into tiles: whole ones, then perhaps one of `tail` outputs (0: none). A tail of one output is
@@ -160,12 +226,54 @@ template <class L>
 struct LineTiles {
   int64_t whole;
   int tail;
-  explicit LineTiles(int64_t outputs) {
+  explicit LineTiles(int64_t pixels) {
+    const int64_t outputs = ceil_div(pixels, int64_t(L::kSpan));
     whole = L::kTails ? outputs / L::kOut : ceil_div(outputs, int64_t(L::kOut));
     const int64_t rest = outputs - whole * L::kOut;
     tail = rest <= 0 ? 0 : int(larger(rest, int64_t(2)));
   }
   int64_t count() const { return whole + (tail > 0); }
+};
+
+// Outputs of an image cut by both: the whole tiles, those at the right edge, at the bottom, and the one in the corner.
+template <class H, class W>
+struct TileKinds {
+  struct Kind {
+    int h, w;            // outputs
+    int64_t rows, cols;  // tiles of an image
+    int64_t p, q;        // the first pixel of the first of them
+  };
+  Kind kinds[4];
+  int64_t images, tiles = 0;
+  bool mixed = false;  // tiles of more than one size
+
+  TileKinds(int64_t n, int64_t P, int64_t Q) : images(n) {
+    const LineTiles<H> rows(P);
+    const LineTiles<W> cols(Q);
+    tiles = n * rows.count() * cols.count();
+    for (int k = 0; k < 4; ++k) {
+      const bool bottom = k / 2, right = k % 2;
+      kinds[k] = {bottom ? rows.tail : H::kOut,
+                  right ? cols.tail : W::kOut,
+                  bottom ? int64_t(rows.tail > 0) : rows.whole,
+                  right ? int64_t(cols.tail > 0) : cols.whole,
+                  bottom ? rows.whole * H::kOut * H::kSpan : 0,
+                  right ? cols.whole * W::kOut * W::kSpan : 0};
+      mixed = mixed || (count(k) > 0 && count(k) < tiles);
+    }
+  }
+  int64_t count(int kind) const { return images * kinds[kind].rows * kinds[kind].cols; }
+  bool has(int kind, int point) const {
+    return has_point<H>(kinds[kind].h, point / W::kPoints) && has_point<W>(kinds[kind].w, point % W::kPoints);
+  }
+  struct Place {
+    int64_t n, p, q;  // image, and the tile's first pixel
+  };
+  Place place(int kind, int64_t tile) const {
+    const Kind& k = kinds[kind];
+    const int64_t per_image = k.rows * k.cols, at = tile % per_image;
+    return {tile / per_image, k.p + at / k.cols * H::kOut * H::kSpan, k.q + at % k.cols * W::kOut * W::kSpan};
+  }
 };
 
 }  // namespace RF_ISA

@@ -10,37 +10,15 @@ namespace rf {
 namespace RF_ISA {
 
 template <class H, class W, class Word>
-struct WinogradPlan {
-  static constexpr int kPoints = H::kIn * W::kIn;
+struct WinogradPlan : TileKinds<H, W> {
+  static constexpr int kPoints = H::kPoints * W::kPoints;
 
-  // Tiles of one size: the whole ones, those at the right edge, at the bottom, and the one in the corner.
-  struct Kind {
-    int h, w;            // outputs
-    int64_t rows, cols;  // tiles of an image
-    int64_t p, q;        // the first output of the first of them
-  };
-  Kind kinds[4];
-  int64_t images, tiles, chunks, words, panels;
+  int64_t chunks, words, panels;
   int64_t block_tiles, block_panels;
   int64_t v_stride, sum_stride;  // between points, in words and floats
   size_t v_bytes, sum_bytes, zero_bytes;
-  bool mixed = false;  // tiles of more than one size
 
-  WinogradPlan(const ConvShape& s, const ConvConfig& c) {
-    const LineTiles<H> rows(s.P);
-    const LineTiles<W> cols(s.Q);
-    images = s.N;
-    tiles = s.N * rows.count() * cols.count();
-    for (int k = 0; k < 4; ++k) {
-      const bool bottom = k / 2, right = k % 2;
-      kinds[k] = {bottom ? rows.tail : H::kOut,
-                  right ? cols.tail : W::kOut,
-                  bottom ? int64_t(rows.tail > 0) : rows.whole,
-                  right ? int64_t(cols.tail > 0) : cols.whole,
-                  bottom ? rows.whole * H::kOut : 0,
-                  right ? cols.whole * W::kOut : 0};
-      mixed = mixed || (count(k) > 0 && count(k) < tiles);
-    }
+  WinogradPlan(const ConvShape& s, const ConvConfig& c) : TileKinds<H, W>(s.N, s.P, s.Q) {
     chunks = ceil_div(s.C, int64_t(kChunk<Word>));
     words = chunks * kLanes;
     panels = ceil_div(s.K, int64_t(kPanel));
@@ -48,15 +26,14 @@ struct WinogradPlan {
     // About 28 tiles, so that V and the sums of 64 channels share L2 with the weights; from 256 channels on the
     // weights come from L3 or memory instead, and more tiles should see them.
     const int64_t usual = (s.C >= 256 ? 56 : 28) / kTileRows * kTileRows;
-    block_tiles = smaller(tiles, c.block_rows > 0 ? int64_t(c.block_rows) : usual);
-    const int64_t most = block_tiles + (mixed ? 3 : 0);  // each kind's part is rounded up
+    block_tiles = smaller(this->tiles, c.block_rows > 0 ? int64_t(c.block_rows) : usual);
+    const int64_t most = block_tiles + (this->mixed ? 3 : 0);  // each kind's part is rounded up
     v_stride = int64_t(odd_lines(size_t(most * words) * sizeof(Word)) / sizeof(Word));
     sum_stride = int64_t(odd_lines(size_t(most * block_panels * kPanel) * sizeof(float)) / sizeof(float));
     v_bytes = odd_lines(size_t(v_stride) * kPoints * sizeof(Word));
     sum_bytes = odd_lines(size_t(sum_stride) * kPoints * sizeof(float));
     zero_bytes = odd_lines(size_t(s.C) * sizeof(float) + 64);
   }
-  int64_t count(int kind) const { return images * kinds[kind].rows * kinds[kind].cols; }
   size_t weight_bytes() const { return size_t(kPoints * panels * words * kPanel) * sizeof(Word); }
   size_t scratch_bytes(const ConvConfig& c, int threads) const {
     const size_t each = sum_bytes + zero_bytes;
@@ -67,7 +44,7 @@ struct WinogradPlan {
 // G of the rows and of the columns.
 template <class H, class W>
 struct WinogradFilter {
-  double h[H::kIn][3], w[W::kIn][3];
+  double h[H::kPoints][3], w[W::kPoints][3];
   WinogradFilter() {
     line_filter_matrix<H>(h);
     line_filter_matrix<W>(w);
@@ -78,7 +55,7 @@ struct WinogradFilter {
 template <class H, class W, class Word>
 void winograd_pack(const ConvShape& s, void* packed, const float* w, const float* fold, int threads) {
   using Element = typename WordOf<Word>::Element;
-  constexpr int kElements = WordOf<Word>::kElements, kH = H::kIn, kW = W::kIn;
+  constexpr int kElements = WordOf<Word>::kElements, kH = H::kPoints, kW = W::kPoints;
   const WinogradPlan<H, W, Word> p(s, {});
   const WinogradFilter<H, W> g;
   Element* out = static_cast<Element*>(packed);
@@ -231,23 +208,13 @@ class WinogradRun {
         Point& made = point[points];
         made = {index, {false, false, false, false}, 0};
         for (int s = 0; s < sections; ++s) {
-          const auto& kind = p.kinds[section[s].kind];
-          made.in[s] = has_point<H>(kind.h, index / W::kIn) && has_point<W>(kind.w, index % W::kIn);
+          made.in[s] = p.has(section[s].kind, index);
           if (made.in[s]) made.row_tiles += section[s].rows.tiles;
         }
         points += made.row_tiles > 0;
       }
     }
   };
-
-  struct Place {
-    int64_t n, p, q;  // image, and the tile's first output
-  };
-  Place place(int kind, int64_t tile) const {
-    const auto& k = p_.kinds[kind];
-    const int64_t per_image = k.rows * k.cols, at = tile % per_image;
-    return {tile / per_image, k.p + at / k.cols * H::kOut, k.q + at % k.cols * W::kOut};
-  }
 
   void input(const Block& block, Range channels) {
     if (channels.begin >= channels.end) return;
@@ -256,19 +223,19 @@ class WinogradRun {
 
   void input(const typename Block::Section& section, Range channels) {
     const auto& kind = p_.kinds[section.kind];
-    const int high = (kind.h - 1) * H::kStride + 3, wide = (kind.w - 1) * W::kStride + 3;
+    const int high = (kind.h - 1) * H::kStride + H::kReach, wide = (kind.w - 1) * W::kStride + W::kReach;
     const TileRows& rows = section.rows;
     const T* x = static_cast<const T*>(a_.x);
     for (int64_t t = 0; t < rows.tiles; ++t) {
       const int64_t first = rows.first(t), height = rows.first(t + 1) - first;
       Element* out = reinterpret_cast<Element*>(v_ + (section.first + first) * p_.words);
       for (int64_t r = 0; r < height; ++r) {
-        const Place at = place(section.kind, section.tiles.begin + first + r);
-        const T* pixel[kPoints];
+        const auto at = p_.place(section.kind, section.tiles.begin + first + r);
+        const T* pixel[H::kIn * W::kIn];
         for (int i = 0; i < high; ++i) {
-          const int64_t h = at.p * H::kStride - s_.pad_h + i;
+          const int64_t h = at.p / H::kSpan * H::kStride - s_.pad_h + i;
           for (int j = 0; j < wide; ++j) {
-            const int64_t w = at.q * W::kStride - s_.pad_w + j;
+            const int64_t w = at.q / W::kSpan * W::kStride - s_.pad_w + j;
             const bool inside = h >= 0 && h < s_.H && w >= 0 && w < s_.W;
             pixel[i * W::kIn + j] = inside ? x + ((at.n * s_.H + h) * s_.W + w) * s_.C : zeros_;
           }
@@ -334,12 +301,12 @@ class WinogradRun {
     const Vec scale = a_.scale ? load_n(a_.scale + k, o.cols) : broadcast(1.f);
     const Vec shift = a_.shift ? load_n(a_.shift + k, o.cols) : zero();
     for (int64_t tile = section.tiles.begin; tile < section.tiles.end; ++tile, sums += kPanel) {
-      const Place to = place(section.kind, tile);
+      const auto to = p_.place(section.kind, tile);
       const int64_t at = ((to.n * s_.P + to.p) * s_.Q + to.q) * s_.K + k;
       o.y = static_cast<T*>(a_.y) + at;
       o.residual = a_.residual ? static_cast<const T*>(a_.residual) + at : nullptr;
-      o.high = int(smaller(s_.P - to.p, int64_t(kind.h)));
-      o.wide = int(smaller(s_.Q - to.q, int64_t(kind.w)));
+      o.high = int(smaller(s_.P - to.p, int64_t(kind.h * H::kSpan)));
+      o.wide = int(smaller(s_.Q - to.q, int64_t(kind.w * W::kSpan)));
       transforms_[section.kind].output(sums, p_.sum_stride, scale, shift, o);
     }
   }

@@ -159,14 +159,19 @@ def data_gradient(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """dx. At stride 1 a convolution of dy by the filters with K and C exchanged and their taps reversed."""
+    """dx. At stride 1 a convolution of dy by the filters with K and C exchanged and their taps reversed.
+
+    At stride 2 by Winograd's algorithm where that can and `exact` does not forbid it.
+    """
     if _is_convolution(weight, stride, padding, dilation):
         return _turned_convolution(dy, x, weight, padding, dilation, groups)
     native, threads = _native.module(), torch.get_num_threads()
     shape, dy = sizes(x, weight, stride, padding, dilation, groups), common.channels_last(dy)
     dx, filters = common.cpu_output(x.shape, x.dtype), weight.detach().float()
     place = (dx.data_ptr(), dy.data_ptr(), filters.data_ptr(), *filters.stride(), threads)
-    native.conv_dgrad(shape, _native.DTYPES[x.dtype], *place)
+    dtype = _native.DTYPES[x.dtype]
+    winograd = not backends.is_exact() and native.conv_dgrad_winograd_why_not(shape, dtype) is None
+    (native.conv_dgrad_winograd if winograd else native.conv_dgrad)(shape, dtype, *place)
     return dx
 
 
