@@ -23,15 +23,26 @@ constexpr size_t kGrain = 64u << 10;  // of a buffer: whole huge pages would was
 
 size_t round_up(size_t bytes, size_t grain) { return (bytes + grain - 1) / grain * grain; }
 #ifdef __linux__
+// Asked for as it is first: the kernel then puts a block right below the one before it, and the two can be joined. A
+// margin cut off for alignment would part them for ever: ResNet-18's backward then found no 51 MB in one piece.
 void* map(size_t bytes) {
-  char* at =
-      static_cast<char*>(mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (at == MAP_FAILED) throw std::bad_alloc();
-  const size_t skip = (kHugePage - reinterpret_cast<uintptr_t>(at) % kHugePage) % kHugePage;
-  if (skip) munmap(at, skip);
-  if (skip != kHugePage) munmap(at + skip + bytes, kHugePage - skip);
-  madvise(at + skip, bytes, MADV_HUGEPAGE);  // a wish: refused, all still works
-  return at + skip;
+  const auto ask = [](size_t size) {
+    void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) throw std::bad_alloc();
+    return static_cast<char*>(at);
+  };
+  const auto past = [](char* at) { return reinterpret_cast<uintptr_t>(at) % kHugePage; };
+  char* at = ask(bytes);
+  if (past(at)) {
+    munmap(at, bytes);
+    at = ask(bytes + kHugePage);
+    const size_t skip = (kHugePage - past(at)) % kHugePage;
+    if (skip) munmap(at, skip);
+    if (skip != kHugePage) munmap(at + skip + bytes, kHugePage - skip);
+    at += skip;
+  }
+  madvise(at, bytes, MADV_HUGEPAGE);  // a wish: refused, all still works
+  return at;
 }
 void unmap(void* data, size_t bytes) { munmap(data, bytes); }
 constexpr bool kDivisible = true;  // any pages of mapped memory can be given back, whatever they were mapped with

@@ -86,6 +86,11 @@ def cpu_output(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tenso
     return torch.utils.dlpack.from_dlpack(_native.module().buffer(*shape, _native.DTYPES[dtype]))
 
 
+def cpu_like(t: Tensor) -> Tensor:
+    """As `empty_output`, for a C++ room."""
+    return cpu_output(t.shape, t.dtype) if t.dim() == 4 else empty_output(t)
+
+
 def cpu_gradient(weight: Tensor) -> Tensor:
     """An uninitialised float32 tensor with the weight's strides for a C++ room; large ones as in `cpu_output`."""
     if weight.numel() * 4 < POOLED:

@@ -17,7 +17,7 @@ def why_not(door: str, a: Tensor, b: Tensor) -> str | None:
 def fwd(x: Tensor, residual: Tensor) -> Tensor:
     """y = relu(x + residual)."""
     x, residual = common.dense(x), common.dense(residual)
-    y = common.empty_output(x)
+    y = common.cpu_like(x)
     _native.module().add_relu(
         _native.DTYPES[x.dtype], y.data_ptr(), x.data_ptr(), residual.data_ptr(), x.numel(), torch.get_num_threads()
     )
@@ -27,7 +27,7 @@ def fwd(x: Tensor, residual: Tensor) -> Tensor:
 def bwd(dy: Tensor, y: Tensor) -> Tensor:
     """The gradient of x and of residual."""
     dy, y = common.dense(dy), common.dense(y)
-    dx = common.empty_output(y)
+    dx = common.cpu_like(y)
     _native.module().add_relu_backward(
         _native.DTYPES[y.dtype], dx.data_ptr(), dy.data_ptr(), y.data_ptr(), y.numel(), torch.get_num_threads()
     )

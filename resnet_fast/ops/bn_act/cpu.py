@@ -25,10 +25,6 @@ def why_not(door: str, first: Tensor, *args: object) -> str | None:
     return common.cpu_why_not(*images)
 
 
-def _output(t: Tensor) -> Tensor:
-    return common.cpu_output(t.shape, t.dtype) if t.dim() == 4 else common.empty_output(t)
-
-
 def fwd(
     x: Tensor,
     weight: Tensor | None,
@@ -43,7 +39,7 @@ def fwd(
     """y, and in training the batch's mean and biased variance (two empty vectors otherwise)."""
     x = common.channels_last(x)
     residual = None if residual is None else common.channels_last(residual)
-    y, channels = _output(x), x.shape[1]
+    y, channels = common.cpu_like(x), x.shape[1]
     found = [torch.empty(channels if training else 0) for _ in range(2)]
     given = found if training else [common.vector(mean), common.vector(var)]
     gamma, beta = common.vector(weight), common.vector(bias)
@@ -83,9 +79,9 @@ def bwd(
     dy, x = common.channels_last(dy), common.channels_last(x)
     y = None if y is None else common.channels_last(y)
     none, channels = x.new_empty(0), x.shape[1]
-    dx = _output(x) if wants[0] else none
+    dx = common.cpu_like(x) if wants[0] else none
     dweight, dbias = (torch.empty(channels) if want else none.clone() for want in wants[1:3])
-    dresidual = _output(dy) if wants[3] else none.clone()
+    dresidual = common.cpu_like(dy) if wants[3] else none.clone()
     gamma, beta, mean, var = (common.vector(t) for t in (weight, bias, mean, var))
     rows = x.numel() // channels
     _native.module().bn_act_backward(
@@ -114,7 +110,7 @@ def dx(
     """The input's gradient where dweight and dbias are the sums over `count` values of several processes' batches."""
     dy, x = common.channels_last(dy), common.channels_last(x)
     y = None if y is None else common.channels_last(y)
-    dx, channels = common.empty_output(x), x.shape[1]
+    dx, channels = common.cpu_like(x), x.shape[1]
     gamma, beta, mean, var, dweight, dbias = (common.vector(t) for t in (weight, bias, mean, var, dweight, dbias))
     _native.module().bn_act_backward(
         _native.DTYPES[x.dtype], dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), 0,

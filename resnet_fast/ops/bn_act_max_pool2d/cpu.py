@@ -37,7 +37,7 @@ def fwd(
     """max_pool2d(relu(bn(x))) and, if saved, each maximum's place in its window as uint8, 255 where it is not above 0."""
     x = common.channels_last(x)
     n, c, h, w = x.shape
-    y = torch.empty((n, c, *size), dtype=x.dtype, memory_format=common.CHANNELS_LAST)
+    y = common.cpu_output((n, c, *size), x.dtype)
     places = common.empty_output(y, torch.uint8) if save else torch.empty(0, dtype=torch.uint8)
     vectors = [common.vector(t) for t in (weight, bias, mean, var)]
     _native.module().bn_act_max_pool_forward(
@@ -67,7 +67,7 @@ def bwd(
     """dx, dweight, dbias as far as wanted (empty where not)."""
     dy, x, places = common.channels_last(dy), common.channels_last(x), common.channels_last(places)
     none, (n, c, h, w) = x.new_empty(0), x.shape
-    dx = common.empty_output(x) if wants[0] else none
+    dx = common.cpu_like(x) if wants[0] else none
     dweight, dbias = (torch.empty(c) if want else none.clone() for want in wants[1:3])
     gamma, mean, var = (common.vector(t) for t in (weight, mean, var))
     _native.module().bn_act_max_pool_backward(
