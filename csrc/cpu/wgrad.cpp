@@ -6,7 +6,9 @@
 // has one owner and one order of blocks, so the bits are the same for any team. While the tiles multiply they fetch the
 // block after this one. Tried and lost: packing strips of filters and panels of columns apart from each other, so that
 // tiles read them with stride 1: dozens of streams to write; 56x56, 64 to 256 took 11.3 ms in float32, of which the
-// tiles took 7.4. bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not.
+// tiles took 7.4. bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not. There
+// one operand only is packed, the narrower one: the tiles join the other's pixels in registers, and where that is dy
+// they make dw turned, rows (r, s, c) by panels of filters.
 #include "../conv_backward.h"
 #include "conv_algorithms.h"
 #include "scratch.h"
@@ -23,21 +25,33 @@ template <class T, class Word>
 struct Plan {
   static constexpr int kElements = WordOf<Word>::kElements;  // pixels of a word
   static constexpr bool kDirect = sizeof(T) == sizeof(Word);
+  static constexpr bool kPairs = kElements == 2;
   const ConvShape& s;
-  int64_t pixels, channels, cols, panels;  // of one group
+  int64_t pixels, channels, cols;  // of one group
+  bool turned = false;             // dw's rows are (r, s, c), its panels filters, dy's pixels are joined in registers
+  bool x_direct;                   // x is multiplied where it lies
+  int64_t panels;
   Strips strips;
   int64_t depth, chain, block, blocks;  // words of depth
-  bool x_direct;
-  int64_t dy_row, x_row;  // words from step to step of depth
+  int64_t dy_row, x_row;                // words from step to step of depth
 
-  explicit Plan(const ConvShape& shape) : s(shape), strips(shape.K / shape.groups) {
+  explicit Plan(const ConvShape& shape) : s(shape), strips(0) {
     pixels = s.N * s.P * s.Q;
     channels = s.C / s.groups;
     cols = s.R * s.S * channels;
-    panels = ceil_div(cols, int64_t(kPanel));
-    x_direct = kDirect && s.R * s.S * s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0 && channels % kPanel == 0;
-    dy_row = kDirect ? s.K : packed_row(s.K);
-    x_row = x_direct ? s.C : packed_row(s.groups * panels * kPanel);
+    x_direct = s.R * s.S * s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0 && channels % kPanel == 0;
+    if (kPairs) {
+      const bool able = s.groups == 1 && pixels % kElements == 0;
+      x_direct = x_direct && able;
+      // Turned sums are written a float at a time: worth it where there are many more pixels to pack than rows to write.
+      turned = able && s.K % kPanel == 0 && (!x_direct || s.K >= s.C) && pixels >= 4 * cols;
+      x_direct = x_direct && !turned;
+    }
+    x_direct = x_direct && (kDirect || kPairs);
+    strips = Strips(turned ? cols : s.K / s.groups);
+    panels = ceil_div(turned ? s.K : cols, int64_t(kPanel));
+    dy_row = kDirect || turned ? s.K : packed_row(s.K);
+    x_row = x_direct ? s.C : packed_row(s.groups * x_group());
     depth = ceil_div(pixels, int64_t(kElements));
     // Sums join memory about sqrt(depth) times, each about sqrt(depth) long.
     chain = 28;
@@ -50,7 +64,9 @@ struct Plan {
   }
   // An odd number of cache lines: rows a power of two apart would share the caches' sets.
   static int64_t packed_row(int64_t words) { return (ceil_div(words, int64_t(kLanes)) | 1) * kLanes; }
-  int64_t dy_words() const { return kDirect ? 0 : block * dy_row; }  // packed
+  int64_t x_group() const { return round_up(cols, int64_t(kPanel)); }           // packed words of a group's row
+  bool dy_packed() const { return !kDirect && !turned; }
+  int64_t dy_words() const { return dy_packed() ? block * dy_row : 0; }
   int64_t x_words() const { return x_direct ? 0 : block * x_row; }
   int64_t tiles() const { return s.groups * panels * strips.count; }
 };
@@ -113,9 +129,7 @@ class WgradGemm {
       for (int64_t i = mine.begin; i < mine.end; ++i) {
         const Tile tile = tile_at(i);
         float* sum = sums + (p_.blocks > 1 ? i : team_.rank) * kTile;
-        kOuterTiles<Word>.at[p_.strips.height(tile.strip)](dy_rows(words, tile, packed),
-                                                           x_columns(words, tile, packed + p_.dy_words()), words.size(),
-                                                           p_.chain, sum, block == 0, ahead);
+        multiply(words, tile, packed, sum, block == 0, ahead);
         if (block == p_.blocks - 1) write(tile, sum);
       }
     }
@@ -128,24 +142,36 @@ class WgradGemm {
   // The larger operand's part stays while the smaller one's, which may all be in L2, are walked.
   Tile tile_at(int64_t i) const {
     const int64_t each = p_.strips.count * p_.panels, group = i / each, at = i % each;
-    if (s_.K / s_.groups > p_.cols) return {group, at / p_.panels, at % p_.panels};
+    if (p_.strips.rows > p_.panels * kPanel) return {group, at / p_.panels, at % p_.panels};
     return {group, at % p_.strips.count, at / p_.strips.count};
   }
-  Operand<Word> dy_rows(Range words, const Tile& t, const Word* packed) const {
-    const int64_t k = t.group * (s_.K / s_.groups) + p_.strips.first(t.strip);
-    if constexpr (Plan::kDirect) packed = static_cast<const T*>(a_.dy) + words.begin * s_.K;
-    return {packed + k, p_.dy_row};
-  }
-  Operand<Word> x_columns(Range words, const Tile& t, const Word* packed) const {
-    if constexpr (Plan::kDirect)
-      if (p_.x_direct) packed = static_cast<const T*>(a_.x) + words.begin * s_.C;
-    return {packed + (t.group * p_.panels + t.panel) * kPanel, p_.x_row};
+
+  void multiply(Range words, const Tile& tile, const Word* packed, float* sum, bool fresh, Stream (&ahead)[2]) {
+    const int64_t height = p_.strips.height(tile.strip), row = p_.strips.first(tile.strip);
+    const int64_t k = tile.group * (s_.K / s_.groups) + row;  // dw's rows are filters
+    const auto run = [&](Operand<Word> rows, auto panel) {
+      kOuterTiles<Word, decltype(panel)>.at[height](rows, panel, words.size(), p_.chain, sum, fresh, ahead);
+    };
+    if constexpr (Plan::kPairs) {
+      const auto pixels = [&](const void* tensor, int64_t width) {
+        const T* first = static_cast<const T*>(tensor) + words.begin * kElements * width;
+        return PixelPairs{first + tile.panel * kPanel, width};
+      };
+      if (p_.turned) return run({packed + row, p_.x_row}, pixels(a_.dy, s_.K));
+      if (p_.x_direct) return run({packed + k, p_.dy_row}, pixels(a_.x, s_.C));
+    }
+    const Word *dy = packed, *x = packed + p_.dy_words();
+    if constexpr (Plan::kDirect) {
+      dy = static_cast<const T*>(a_.dy) + words.begin * s_.K;
+      if (p_.x_direct) x = static_cast<const T*>(a_.x) + words.begin * s_.C;
+    }
+    run({dy + k, p_.dy_row}, Operand<Word>{x + (tile.group * p_.panels + tile.panel) * kPanel, p_.x_row});
   }
 
   // The bytes of words of depth that this thread will read first: to multiply all, to pack its share.
   Stream dy_stream(Range words, int64_t steps) const {
     if (words.size() <= 0) return {};
-    const Range part = Plan::kDirect ? Range{0, words.size()} : team_.share(words.size());
+    const Range part = p_.dy_packed() ? team_.share(words.size()) : Range{0, words.size()};
     const T* from = static_cast<const T*>(a_.dy) + (words.begin + part.begin) * kElements * s_.K;
     return {from, part.size() * kElements * s_.K * int64_t(sizeof(T)), steps};
   }
@@ -183,7 +209,7 @@ class WgradGemm {
       const bool both = kElements > 1 && at.index < p_.pixels;
       const Pixel two = at;
       if (kElements > 1) at.next();
-      if constexpr (!Plan::kDirect) {
+      if (p_.dy_packed()) {
         const T* row = static_cast<const T*>(a_.dy) + one.index * s_.K;
         put_row(dy, row, both ? row + s_.K : nullptr, s_.K);
       }
@@ -192,7 +218,7 @@ class WgradGemm {
   }
   // x under every tap of a pixel, or of two: [group][tap][channel].
   void pack_taps(const Pixel& one, const Pixel* two, Word* x) const {
-    for (int64_t group = 0; group < s_.groups; ++group, x += p_.panels * kPanel) {
+    for (int64_t group = 0; group < s_.groups; ++group, x += p_.x_group()) {
       Word* out = x;
       for (int64_t r = 0; r < s_.R; ++r) {
         for (int64_t t = 0; t < s_.S; ++t, out += p_.channels) {
@@ -200,7 +226,7 @@ class WgradGemm {
           put_row(out, tap(one, r, t) + c, two ? tap(*two, r, t) + c : nullptr, p_.channels);
         }
       }
-      std::memset(static_cast<void*>(out), 0, size_t(p_.panels * kPanel - p_.cols) * sizeof(Word));
+      std::memset(static_cast<void*>(out), 0, size_t(p_.x_group() - p_.cols) * sizeof(Word));
     }
   }
   RF_INLINE const T* tap(const Pixel& at, int64_t r, int64_t t) const {
@@ -211,17 +237,26 @@ class WgradGemm {
                : zeros_;
   }
 
-  // dw of one tile from its sums, [row][kPanel]: columns are (r, s, c).
-  void write(const Tile& tile, const float* sums) const {
-    const int64_t k0 = tile.group * (s_.K / s_.groups) + p_.strips.first(tile.strip),
-                  rows = p_.strips.height(tile.strip);
+  // dw of one tile from its sums, [row][kPanel].
+  void write(const Tile& tile, float* sums) const {
+    const int64_t first = p_.strips.first(tile.strip), rows = p_.strips.height(tile.strip);
+    if constexpr (Plan::kPairs) {
+      for (int64_t i = 0; i < rows && (p_.turned || p_.x_direct); ++i) PixelPairs::restore(sums + i * kPanel);
+      if (p_.turned) {
+        float* out[kTileRows];
+        for (int64_t i = 0; i < rows; ++i) out[i] = place(tile.panel * kPanel, first + i);
+        for (int64_t j = 0; j < kPanel; ++j)
+          for (int64_t i = 0; i < rows; ++i) out[i][j * a_.stride_k] = sums[i * kPanel + j];
+        return;
+      }
+    }
+    const int64_t k0 = tile.group * (s_.K / s_.groups) + first;
     const int64_t last = smaller((tile.panel + 1) * kPanel, p_.cols);
     for (int64_t k = 0; k < rows; ++k) {
       const float* in = sums + k * kPanel;
       for (int64_t col = tile.panel * kPanel; col < last;) {
-        const int64_t tap = col / p_.channels, c = col % p_.channels, n = smaller(p_.channels - c, last - col);
-        float* out =
-            a_.dw + (k0 + k) * a_.stride_k + c * a_.stride_c + tap / s_.S * a_.stride_r + tap % s_.S * a_.stride_s;
+        const int64_t n = smaller(p_.channels - col % p_.channels, last - col);
+        float* out = place(k0 + k, col);
         if (a_.stride_c == 1)
           std::memcpy(out, in, size_t(n) * 4);
         else
@@ -229,6 +264,10 @@ class WgradGemm {
         in += n, col += n;
       }
     }
+  }
+  RF_INLINE float* place(int64_t k, int64_t col) const {  // col: (r, s, c)
+    const int64_t tap = col / p_.channels, c = col % p_.channels;
+    return a_.dw + k * a_.stride_k + c * a_.stride_c + tap / s_.S * a_.stride_r + tap % s_.S * a_.stride_s;
   }
 
   const WgradArgs& a_;

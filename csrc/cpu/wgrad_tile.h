@@ -10,11 +10,11 @@
 namespace rf {
 namespace RF_ISA {
 
-// Filters cut into strips of even height: strip i is [first(i), first(i + 1)).
+// Rows of dw cut into strips of even height: strip i is [first(i), first(i + 1)).
 struct Strips {
-  int64_t filters, count;
-  explicit Strips(int64_t K) : filters(K), count(ceil_div(K, int64_t(kTileRows))) {}
-  RF_INLINE int64_t first(int64_t i) const { return filters * i / count; }
+  int64_t rows, count;
+  explicit Strips(int64_t n) : rows(n), count(ceil_div(n, int64_t(kTileRows))) {}
+  RF_INLINE int64_t first(int64_t i) const { return rows * i / count; }
   RF_INLINE int64_t height(int64_t i) const { return first(i + 1) - first(i); }
 };
 
@@ -42,11 +42,38 @@ template <class Word>
 struct Operand {
   const Word* at;
   int64_t stride;
+  template <class V>
+  RF_INLINE void load_panel(V& low, V& high) const {
+    low = fetch(at), high = fetch(at + kLanes);
+  }
+  RF_INLINE void next() { at += stride; }
 };
 
+#if defined(__AVX512BF16__)
+// A panel of a bf16 tensor as it lies, two pixels a step: the words are made in registers, in another order of channels.
+struct PixelPairs {
+  const bf16* at;
+  int64_t pixel;  // elements from one to the next
+  RF_INLINE void load_panel(PairVec& low, PairVec& high) const {
+    const __m512i one = _mm512_loadu_si512(at), two = _mm512_loadu_si512(at + pixel);
+    low = {(__m512bh)_mm512_unpacklo_epi16(one, two)};
+    high = {(__m512bh)_mm512_unpackhi_epi16(one, two)};
+  }
+  RF_INLINE void next() { at += 2 * pixel; }
+  // A row of sums in the order of channels: unpacking takes four of every eight.
+  static RF_INLINE void restore(float* row) {
+    const __m512 low = _mm512_loadu_ps(row), high = _mm512_loadu_ps(row + kLanes);
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i last = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    _mm512_storeu_ps(row, _mm512_permutex2var_ps(low, first, high));
+    _mm512_storeu_ps(row + kLanes, _mm512_permutex2var_ps(low, last, high));
+  }
+};
+#endif
+
 // sums[row][kPanel] (+)= a^T b over `depth` words; `fresh`: sums hold nothing yet.
-template <int kRows, class Word>
-void outer_tile(Operand<Word> a, Operand<Word> b, int64_t depth, int64_t chain, float* sums, bool fresh,
+template <int kRows, class Word, class Panel>
+void outer_tile(Operand<Word> a, Panel b, int64_t depth, int64_t chain, float* sums, bool fresh,
                 Stream (&ahead)[2]) {
   Stream first = ahead[0], second = ahead[1];  // in registers
   RF_UNROLL for (int r = 0; r < kRows; ++r) {  // where dw is large its sums come from L3
@@ -57,8 +84,9 @@ void outer_tile(Operand<Word> a, Operand<Word> b, int64_t depth, int64_t chain, 
     Vec acc[kRows][2];
     RF_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = zero();
     const int64_t steps = smaller(depth, chain);
-    for (int64_t i = 0; i < steps; ++i, a.at += a.stride, b.at += b.stride) {
-      const auto b0 = fetch(b.at), b1 = fetch(b.at + kLanes);
+    for (int64_t i = 0; i < steps; ++i, a.next(), b.next()) {
+      decltype(fetch(a.at)) b0, b1;
+      b.load_panel(b0, b1);
       first.fetch();
       second.fetch();
       RF_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -80,16 +108,17 @@ void outer_tile(Operand<Word> a, Operand<Word> b, int64_t depth, int64_t chain, 
   ahead[1] = second;
 }
 
-template <class Word>
+template <class Word, class Panel>
 struct OuterTiles {
-  void (*at[kTileRows + 1])(Operand<Word>, Operand<Word>, int64_t, int64_t, float*, bool, Stream (&)[2]);
+  void (*at[kTileRows + 1])(Operand<Word>, Panel, int64_t, int64_t, float*, bool, Stream (&)[2]);
   template <int... I>
   static constexpr OuterTiles make(std::integer_sequence<int, I...>) {
-    return {{nullptr, outer_tile<I + 1, Word>...}};
+    return {{nullptr, outer_tile<I + 1, Word, Panel>...}};
   }
 };
-template <class Word>
-constexpr OuterTiles<Word> kOuterTiles = OuterTiles<Word>::make(std::make_integer_sequence<int, kTileRows>());
+template <class Word, class Panel = Operand<Word>>
+constexpr OuterTiles<Word, Panel> kOuterTiles =
+    OuterTiles<Word, Panel>::make(std::make_integer_sequence<int, kTileRows>());
 
 }  // namespace RF_ISA
 }  // namespace rf

@@ -27,6 +27,10 @@ CASES = [
     (600, 24, 1, 1, 20, (1, 1), (1, 1), (0, 0), (1, 1)),
     (130, 24, 1, 1, 20, (3, 3), (1, 1), (1, 1), (1, 1)),
     (3, 3, 33, 31, 40, (7, 7), (2, 2), (3, 3), (1, 1)),
+    (2, 64, 15, 13, 160, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (2, 160, 15, 13, 65, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (3, 64, 15, 13, 64, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (2, 45, 16, 13, 96, (1, 1), (2, 2), (0, 0), (1, 1)),
 ]
 # Winograd's: N, C, H, W, K, padding, stride; tiles cut by the border, one and several blocks, channels that fill no
 # panel, every kind of last tile
@@ -130,7 +134,7 @@ def test_against_float64(case, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES[:5], ids=str)
+@pytest.mark.parametrize("case", CASES[:5] + CASES[-4:], ids=str)
 def test_same_bits_for_any_thread_count(case, dtype):
     dy, x, w = tensors(case, dtype)
     first = None
