@@ -2,8 +2,8 @@
 // winograd_lines.h): a tile is 8x8 pixels of dx from 5x5 of dy, 81 products for the 144 of dgrad.cpp, which multiplies
 // no tap in vain either. 81/32*N*P*Q*K*C flops where tiles divide the image. The machinery is the forward's: dx is the
 // output of a convolution whose input is dy and whose filters have K and C exchanged, packed at every call: 81
-// floats for 9, written and read, which takes as long as what fifty tiles save. float32 only: on bf16's pairs the pixels
-// that four taps meet lost 4.6 times eager's accuracy.
+// floats for 9, written and read, which takes as long as what fifty tiles save. float32 only: on bf16's pairs the
+// pixels that four taps meet lost 4.6 times eager's accuracy.
 #include "conv_pack_strided.h"
 #include "scratch.h"
 
@@ -47,8 +47,7 @@ void dgrad_winograd(const DgradArgs& a) {
   char* buffer = reinterpret_cast<char*>(scratch((packed + working) / sizeof(float)));
   args.packed = buffer;
   args.scratch = buffer + packed;
-  const PackStridedArgs filters{s,          a.dtype,    0,          buffer,     a.w, a.stride_c,
-                                a.stride_k, a.stride_r, a.stride_s, a.threads};
+  const PackStridedArgs filters{s, a.dtype, 0, buffer, a.w, a.stride_c, a.stride_k, a.stride_r, a.stride_s, a.threads};
   parallel(a.threads, [&](const Team& team) {
     pack_winograd<Line, Line, float>(filters, team);
     team.sync();

@@ -6,9 +6,9 @@
 // has one owner and one order of blocks, so the bits are the same for any team. While the tiles multiply they fetch the
 // block after this one. Tried and lost: packing strips of filters and panels of columns apart from each other, so that
 // tiles read them with stride 1: dozens of streams to write; 56x56, 64 to 256 took 11.3 ms in float32, of which the
-// tiles took 7.4. bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not. There
-// one operand only is packed, the narrower one: the tiles join the other's pixels in registers, and where that is dy
-// they make dw turned, rows (r, s, c) by panels of filters.
+// tiles took 7.4. bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not.
+// There one operand only is packed, the narrower one: the tiles join the other's pixels in registers, and where that is
+// dy they make dw turned, rows (r, s, c) by panels of filters.
 #include "../conv_backward.h"
 #include "conv_algorithms.h"
 #include "scratch.h"
@@ -43,7 +43,8 @@ struct Plan {
     if (kPairs) {
       const bool able = s.groups == 1 && pixels % kElements == 0;
       x_direct = x_direct && able;
-      // Turned sums are written a float at a time: worth it where there are many more pixels to pack than rows to write.
+      // Turned sums are written a float at a time: worth it where there are many more pixels to pack than rows to
+      // write.
       turned = able && s.K % kPanel == 0 && (!x_direct || s.K >= s.C) && pixels >= 4 * cols;
       x_direct = x_direct && !turned;
     }
@@ -64,7 +65,7 @@ struct Plan {
   }
   // An odd number of cache lines: rows a power of two apart would share the caches' sets.
   static int64_t packed_row(int64_t words) { return (ceil_div(words, int64_t(kLanes)) | 1) * kLanes; }
-  int64_t x_group() const { return round_up(cols, int64_t(kPanel)); }           // packed words of a group's row
+  int64_t x_group() const { return round_up(cols, int64_t(kPanel)); }  // packed words of a group's row
   bool dy_packed() const { return !kDirect && !turned; }
   int64_t dy_words() const { return dy_packed() ? block * dy_row : 0; }
   int64_t x_words() const { return x_direct ? 0 : block * x_row; }

@@ -50,7 +50,8 @@ struct Operand {
 };
 
 #if defined(__AVX512BF16__)
-// A panel of a bf16 tensor as it lies, two pixels a step: the words are made in registers, in another order of channels.
+// A panel of a bf16 tensor as it lies, two pixels a step: the words are made in registers, in another order of
+// channels.
 struct PixelPairs {
   const bf16* at;
   int64_t pixel;  // elements from one to the next
@@ -73,8 +74,7 @@ struct PixelPairs {
 
 // sums[row][kPanel] (+)= a^T b over `depth` words; `fresh`: sums hold nothing yet.
 template <int kRows, class Word, class Panel>
-void outer_tile(Operand<Word> a, Panel b, int64_t depth, int64_t chain, float* sums, bool fresh,
-                Stream (&ahead)[2]) {
+void outer_tile(Operand<Word> a, Panel b, int64_t depth, int64_t chain, float* sums, bool fresh, Stream (&ahead)[2]) {
   Stream first = ahead[0], second = ahead[1];  // in registers
   RF_UNROLL for (int r = 0; r < kRows; ++r) {  // where dw is large its sums come from L3
     __builtin_prefetch(sums + r * kPanel, 1);

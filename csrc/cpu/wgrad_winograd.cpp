@@ -4,9 +4,9 @@
 // GEMMs of K x C, depth = tiles) and transformed once; a tile of fewer outputs joins the sums of the points it has.
 // 2*36/16*N*P*Q*K*C flops at stride 1. A block of tiles: the team transforms dy and x together, point by point into
 // rows of all filters and of all channels, then every thread runs its own (panel, point) GEMMs over all of it, fetching
-// the next point and the tensors of the next block meanwhile. Sums have one owner and one order of blocks: the same bits
-// for any team. bf16 tensors are widened: a bf16 F(3x3, 2x2) needs 2.25 times fewer products at twice the rate, so no
-// less time, and rounds its transforms; at stride 2, 1.78 times fewer are no gain on wgrad.cpp's pairs.
+// the next point and the tensors of the next block meanwhile. Sums have one owner and one order of blocks: the same
+// bits for any team. bf16 tensors are widened: a bf16 F(3x3, 2x2) needs 2.25 times fewer products at twice the rate, so
+// no less time, and rounds its transforms; at stride 2, 1.78 times fewer are no gain on wgrad.cpp's pairs.
 #include "../conv_backward.h"
 #include "scratch.h"
 #include "wgrad_tile.h"
@@ -248,9 +248,9 @@ class WgradWinograd {
     return {static_cast<const T*>(tensor) + begin + part.begin, part.size() * int64_t(sizeof(T)), steps};
   }
 
-  // Lines of the next tile are asked for a vector ahead: its pixels are too many streams for the hardware to follow. The
-  // points about to be written are not: 36 or 81 requests a vector cost what they saved (56x56x64: 14.8 ms with, 11.6
-  // without).
+  // Lines of the next tile are asked for a vector ahead: its pixels are too many streams for the hardware to follow.
+  // The points about to be written are not: 36 or 81 requests a vector cost what they saved (56x56x64: 14.8 ms
+  // with, 11.6 without).
   void transform(const Block& block, float* to) {
     const Range mine = team_.share(block.tiles());
     const int64_t channels = p_.panels * kPanel;

@@ -10,8 +10,8 @@ namespace rf {
 namespace RF_ISA {
 
 // Transforms channels [0, channels) of one tile of h by w outputs. at: its input pixels, W::kIn to a row, each a run of
-// channels. Point (i, j) of a channel lands at out + (i * W::kPoints + j) * point_stride, chunks of channels chunk_stride
-// apart.
+// channels. Point (i, j) of a channel lands at out + (i * W::kPoints + j) * point_stride, chunks of channels
+// chunk_stride apart.
 template <class H, int h, class W, int w, class T, class Element>
 __attribute__((noinline)) void input_tile(const T* const* at, Range channels, int64_t real, int chunk, Element* out,
                                           int64_t chunk_stride, int64_t point_stride) {

@@ -58,8 +58,8 @@ struct TwoPairs {
   }
 };
 
-// kOut outputs, kSpan pixels each, from kIn inputs, kStride an output; one output meets kReach inputs. kZero and kPairs:
-// how many points 0 and +-p; kOdd: inputs that are products themselves; kInfinity: its place among kPoints.
+// kOut outputs, kSpan pixels each, from kIn inputs, kStride an output; one output meets kReach inputs. kZero and
+// kPairs: how many points 0 and +-p; kOdd: inputs that are products themselves; kInfinity: its place among kPoints.
 struct Line4 : TwoPairs<Line4> {
   static constexpr int kOut = 4, kSpan = 1, kIn = 6, kStride = 1, kReach = 3, kFirst = 1;
   static constexpr int kPoints = 6, kZero = 1, kPairs = 2, kOdd = 0, kInfinity = 5;
