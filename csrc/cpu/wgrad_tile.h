@@ -70,6 +70,12 @@ struct PixelPairs {
     _mm512_storeu_ps(row + kLanes, _mm512_permutex2var_ps(low, last, high));
   }
 };
+#else
+struct PixelPairs {  // words are single floats here: never a tile's operand
+  const bf16* at;
+  int64_t pixel;
+  static void restore(float*) {}
+};
 #endif
 
 // sums[row][kPanel] (+)= a^T b over `depth` words; `fresh`: sums hold nothing yet.
