@@ -23,8 +23,8 @@ constexpr size_t kGrain = 64u << 10;  // of a buffer: whole huge pages would was
 
 size_t round_up(size_t bytes, size_t grain) { return (bytes + grain - 1) / grain * grain; }
 #ifdef __linux__
-// Asked for as it is first: the kernel then puts a block right below the one before it, and the two can be joined. A
-// margin cut off for alignment would part them for ever: ResNet-18's backward then found no 51 MB in one piece.
+// Asked for as it is first: the kernel then puts a block right below the one before it, and join() can make them one. A
+// margin cut off for alignment would keep them apart.
 void* map(size_t bytes) {
   const auto ask = [](size_t size) {
     void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
