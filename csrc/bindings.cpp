@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "check.h"
+#include "conv_call.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -17,6 +18,7 @@ using ConvSizes = std::vector<int64_t>;
 using ConvTuning = std::array<int, 4>;
 
 static ConvShape conv_shape(const ConvSizes& v) { RF_CHECK(v.size() == 16 || v.size() == 17, "expected the 16 or 17 sizes of a convolution, got ", v.size()); return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15], v.size() > 16 && v[16] != 0}; }
+static Filters conv_filters(uintptr_t w, const std::array<int64_t, 4>& strides, const ConvShape& s) { return {ptr<const float>(w), s.K / s.groups * strides[0], strides[0], strides[1], strides[2], strides[3]}; }
 static ConvConfig conv_config(const ConvTuning& v) { return {v[0], v[1], v[2], v[3]}; }
 static ConvTuning conv_tuning(const ConvConfig& c) { return {c.algorithm, c.block_rows, c.block_cols, c.split_cols}; }
 
@@ -35,6 +37,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_scratch_bytes", [](const ConvSizes& shape, int dtype, const ConvTuning& config, int threads) { return kernels().conv->scratch_bytes(conv_shape(shape), DType(dtype), conv_config(config), threads); });
   m.def("conv_pack", [](const ConvSizes& shape, int dtype, int algorithm, uintptr_t packed, uintptr_t w, uintptr_t fold, int threads) { kernels().conv->pack(conv_shape(shape), DType(dtype), algorithm, ptr(packed), ptr<const float>(w), ptr<const float>(fold), threads); }, py::call_guard<py::gil_scoped_release>());
   m.def("conv_run", [](const ConvSizes& shape, int dtype, const ConvTuning& config, uintptr_t y, uintptr_t x, uintptr_t packed, uintptr_t scale, uintptr_t shift, uintptr_t residual, bool relu, uintptr_t scratch, int threads) { kernels().conv->run_alone({conv_shape(shape), conv_config(config), DType(dtype), ptr(y), ptr(x), ptr(packed), ptr<const float>(scale), ptr<const float>(shift), ptr(residual), relu, ptr(scratch)}, threads); }, py::call_guard<py::gil_scoped_release>());
+  m.def("conv_forward", [](const ConvSizes& shape, int dtype, uintptr_t y, uintptr_t x, uintptr_t w, const std::array<int64_t, 4>& strides, uintptr_t scale, uintptr_t shift, uintptr_t residual, bool relu, bool exact, int threads) { const ConvShape s = conv_shape(shape); conv_forward({s, DType(dtype), ptr(y), ptr(x), conv_filters(w, strides, s), ptr<const float>(scale), ptr<const float>(shift), ptr(residual), relu, exact, threads}); }, py::arg("shape"), py::arg("dtype"), py::arg("y"), py::arg("x"), py::arg("w"), py::arg("strides"), py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("relu"), py::arg("exact"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "y = relu(conv(x) * scale + shift + residual) by float32 filters of any strides, packed here");
+  m.def("conv_data_gradient", [](const ConvSizes& shape, int dtype, uintptr_t dx, uintptr_t dy, uintptr_t w, const std::array<int64_t, 4>& strides, bool exact, int threads) { const ConvShape s = conv_shape(shape); conv_data_gradient({s, DType(dtype), ptr(dx), ptr(dy), conv_filters(w, strides, s), exact, threads}); }, py::arg("shape"), py::arg("dtype"), py::arg("dx"), py::arg("dy"), py::arg("w"), py::arg("strides"), py::arg("exact"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "dx from dy and float32 filters of any strides, by the best algorithm");
+  m.def("conv_data_gradient_why_not", [](const ConvSizes& shape, int dtype) { const char* why = conv_data_gradient_why_not(conv_shape(shape), DType(dtype)); return why ? py::object(py::str(why)) : py::object(py::none()); }, py::arg("shape"), py::arg("dtype"));
+  m.def("conv_weight_gradient", [](const ConvSizes& shape, int dtype, uintptr_t dw, const std::array<int64_t, 4>& strides, uintptr_t dy, uintptr_t x, bool exact, int threads) { return conv_weight_gradient({conv_shape(shape), DType(dtype), ptr<float>(dw), strides[0], strides[1], strides[2], strides[3], ptr(dy), ptr(x), threads}, exact); }, py::arg("shape"), py::arg("dtype"), py::arg("dw"), py::arg("strides"), py::arg("dy"), py::arg("x"), py::arg("exact"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "dw by the best algorithm; whether it is finite as far as dy and x can spoil it");
   bind_network(m);
   bind_buffers(m);
   m.def("bn_act_forward", [](int dtype, uintptr_t y, uintptr_t mean, uintptr_t var, uintptr_t rstd, uintptr_t x, uintptr_t residual, uintptr_t gamma, uintptr_t beta, int64_t rows, int64_t channels, double eps, bool training, bool relu, int threads) { kernels().bn_act_forward({DType(dtype), ptr(y), ptr<float>(mean), ptr<float>(var), ptr<float>(rstd), ptr(x), ptr(residual), ptr<float>(gamma), ptr<float>(beta), rows, channels, eps, training, relu, threads}); }, py::arg("dtype"), py::arg("y"), py::arg("mean"), py::arg("var"), py::arg("rstd"), py::arg("x"), py::arg("residual"), py::arg("gamma"), py::arg("beta"), py::arg("rows"), py::arg("channels"), py::arg("eps"), py::arg("training"), py::arg("relu"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "y = relu((x - mean) * gamma * rstd + beta + residual); training: mean, var, rstd are outputs; y = 0: statistics only");

@@ -26,6 +26,7 @@ FORMAT = 6
 _lock = threading.RLock()
 _known: dict[str, str] | None = None
 _fresh: dict[str, str] = {}
+_state = 0
 _insisting = 0  # how many `tuning` contexts are open
 
 
@@ -104,6 +105,11 @@ def get(key: str) -> str | None:
     return _known.get(key)
 
 
+def state() -> tuple[object, int]:
+    """Two things of which one is another (not the same object, or number) after any change of what is known."""
+    return _known, _state
+
+
 def count() -> int:
     """How many choices are known."""
     get("")
@@ -112,15 +118,18 @@ def count() -> int:
 
 def put(key: str, choice: str) -> None:
     """Keep a choice in memory now, and in the file when the process ends (or `save` is called)."""
+    global _state
     with _lock:
+        _state += 1
         get(key)
         _known[key] = _fresh[key] = choice  # type: ignore[index]
 
 
 def clear() -> None:
     """Forget every choice in memory; the file stays."""
-    global _known
+    global _known, _state
     with _lock:
+        _state += 1
         _known = {}
         _fresh.clear()
 

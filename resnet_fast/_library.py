@@ -18,9 +18,83 @@ from resnet_fast import backends
 NAMESPACE = "resnet_fast"
 _lib = torch.library.Library(NAMESPACE, "DEF")
 
+#: Dispatch keys of a tensor for which torch's dispatcher does nothing that `Operator` does not do itself.
+_PLAIN_TENSOR = {"CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"}
+#: Dispatch keys every thread has; a mode (fake tensors, tracing, functorch) adds its own.
+_PLAIN_THREAD = {"BackendSelect", "ADInplaceOrView"}
+_plain: dict[tuple[bool, int], bool] = {}
 
-def define(name: str, schema: str, *, door: str = "fwd", fake: Callable[..., Any], op: str | None = None) -> Callable:
-    """Register `resnet_fast::<name>` and return its overload.
+
+class Operator:
+    """An operator as Python calls it: straight to its rooms between plain tensors, else by torch's dispatcher.
+
+    The dispatcher's way is Python called from C++ at every step (autocast, autograd, implementation), each with arguments to
+    convert. In a training step whose convolutions leave nothing in the caches those steps are not small: resnet50's at batch
+    16 spent 8% of its time in the interpreter. Whoever listens there is heard: under torch.compile, a dispatch mode,
+    functorch, a tracer or the profiler, and for tensors that are more than data, the overload is called.
+
+    Args:
+        name: the operator's word in `torch.ops.resnet_fast`.
+        run: computes the outputs, by `backends`.
+    """
+
+    def __init__(self, name: str, run: Callable[..., Any]) -> None:
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self.run = run
+        self.node: type[torch.autograd.Function] | None = None
+        self.casts: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_plain(args):
+            return self.overload(*args)
+        device = args[0].device.type
+        if self.casts and device in self.casts and torch.is_autocast_enabled(device):
+            with torch._C._ExcludeDispatchKeyGuard(_autocast_keys(device)):
+                return self._differentiable(self.casts[device](args))
+        return self._differentiable(args)
+
+    def _differentiable(self, args: Sequence[Any]) -> Any:
+        if self.node is None or not torch.is_grad_enabled():
+            return self.run(*args)
+        if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            return self.node.apply(*args)
+        return self.run(*args)
+
+
+def _is_plain(args: Sequence[Any]) -> bool:
+    """Whether tensors and thread are such that the dispatcher would only call autocast, autograd and the rooms."""
+    if torch.autograd._profiler_enabled() or not _known(True, torch._C._dispatch_tls_local_include_set()):
+        return False
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            kind = type(a)
+            if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or not _known(
+                False, torch._C._dispatch_keys(a)
+            ):
+                return False
+    return not torch._C._len_torch_function_stack()
+
+
+def _known(thread: bool, keys: Any) -> bool:
+    """Whether a thread's or tensor's dispatch keys are the plain ones; answers are kept."""
+    code = (thread, keys.raw_repr())
+    answer = _plain.get(code)
+    if answer is None:
+        names = {name.strip() for name in str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(",")}
+        answer = _plain[code] = names <= (_PLAIN_THREAD if thread else _PLAIN_TENSOR)
+    return answer
+
+
+def _autocast_keys(device: str) -> Any:
+    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    return torch._C.DispatchKeySet(key)
+
+
+_operators: dict[str, Operator] = {}
+
+
+def define(name: str, schema: str, *, door: str = "fwd", fake: Callable[..., Any], op: str | None = None) -> Operator:
+    """Register `resnet_fast::<name>` and return it.
 
     Args:
         name: the operator's word; backward operators end in `_backward`.
@@ -30,18 +104,15 @@ def define(name: str, schema: str, *, door: str = "fwd", fake: Callable[..., Any
         op: the folder under `resnet_fast/ops` whose rooms implement it (default: `name`).
     """
     folder = op or name
-    _lib.define(f"{name}{schema}")
 
     def call(*args: Any) -> Any:
         return backends.run(folder, door, *args)
 
-    _lib.impl(name, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return compose(name, schema, run=call, fake=fake)
 
 
-def compose(name: str, schema: str, *, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable:
-    """Register an operator made of several others' doors, each run in the room chosen for it; return its overload.
+def compose(name: str, schema: str, *, run: Callable[..., Any], fake: Callable[..., Any]) -> Operator:
+    """Register an operator made of several others' doors, each run in the room chosen for it; return it.
 
     Args:
         name, schema, fake: as in `define`.
@@ -50,13 +121,15 @@ def compose(name: str, schema: str, *, run: Callable[..., Any], fake: Callable[.
     _lib.define(f"{name}{schema}")
     _lib.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    _operators[name] = Operator(name, run)
+    return _operators[name]
 
 
 def autograd(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Give an operator its gradient: `setup(ctx, inputs, output)` saves, `backward(ctx, *grads)` computes.
 
-    The backend asked for by name in forward, and `exact`, also rule backward, which may run in another thread.
+    Of several outputs only the first may have a gradient. The backend asked for by name in forward, and `exact`, also rule
+    backward, which may run in another thread.
     """
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -64,10 +137,29 @@ def autograd(name: str, setup: Callable[..., None], backward: Callable[..., Any]
         setup(ctx, inputs, output)
 
     def run_backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        if backends.forced() == ctx.forced and backends.is_exact() == ctx.exact:
+            return backward(ctx, *grads)
         with backends.use_backend(ctx.forced or "auto"), backends.exact(ctx.exact):
             return backward(ctx, *grads)
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=_lib)
+    operator = _operators[name]
+
+    def node_forward(ctx: Any, *args: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = operator.run(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    def node_backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if grads[0] is None:  # nothing that follows depends on it
+            return (None,) * len(ctx.needs_input_grad)
+        return run_backward(ctx, *grads)
+
+    word = "".join(part.capitalize() for part in name.split("_"))
+    doors = {"forward": staticmethod(node_forward), "backward": staticmethod(node_backward)}
+    operator.node = type(word, (torch.autograd.Function,), doors)
 
 
 def autocast(
@@ -80,25 +172,25 @@ def autocast(
 
     (`torch.library.register_autocast` would cast every floating tensor.)
     """
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    names = [a.name for a in overload._schema.arguments]
+    operator = _operators[name]
+    names = [a.name for a in operator.overload._schema.arguments]
     chosen = {names.index(a) for a in arguments}
     later = {names.index(a) for a in rounded_by_rooms}
 
     def register(device: str) -> None:
-        key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
-        keys = torch._C.DispatchKeySet(key)
-
-        def cast_and_call(*args: Any) -> Any:
+        def cast(args: Sequence[Any]) -> list[Any]:
             dtype = torch.get_autocast_dtype(device)
             now = chosen if device != "cpu" or backends.forced() == "triton" else chosen - later
-            cast = [
+            return [
                 a.to(dtype) if i in now and isinstance(a, torch.Tensor) and _castable(a) else a
                 for i, a in enumerate(args)
             ]
-            with torch._C._ExcludeDispatchKeyGuard(keys):
-                return overload(*cast)
 
+        def cast_and_call(*args: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(_autocast_keys(device)):
+                return operator.overload(*cast(args))
+
+        operator.casts[device] = cast
         _lib.impl(name, cast_and_call, "AutocastCPU" if device == "cpu" else "AutocastCUDA")
 
     for device in devices:

@@ -40,6 +40,9 @@ BACKENDS = ("auto", *ORDER)
 _ROUNDS = 3
 
 _local = threading.local()
+_set_variables = getattr(os.environ, "_data", None)  # what os.environ would encode the name, fail and catch to find missing
+_remembered: dict[tuple[Any, ...], str] = {}  # what was chosen for `_quick`'s key, once measured
+_remembered_at: tuple[object, int] = (None, -1)  # the state of `_choices` it belongs to
 _rooms: dict[tuple[str, str], ModuleType | None] = {}
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
 _tune_lock = threading.Lock()
@@ -93,7 +96,7 @@ def exact(enabled: bool = True) -> Iterator[None]:
 def is_exact() -> bool:
     """Whether Winograd is forbidden in this thread."""
     enabled = getattr(_local, "exact", None)
-    return os.environ.get("RESNET_FAST_EXACT", "0") not in ("", "0") if enabled is None else enabled
+    return _variable(_EXACT, "0") not in ("", "0") if enabled is None else enabled
 
 
 class _NormalisedNext:
@@ -130,11 +133,30 @@ def forced() -> str | None:
     """The backend asked for by name in this thread, None when the choice is automatic."""
     name = getattr(_local, "forced", None)
     if name is None:
-        if os.environ.get("RESNET_FAST_DISABLE", "0") not in ("", "0"):
+        if _variable(_DISABLE, "0") not in ("", "0"):
             return "eager"
-        name = os.environ.get("RESNET_FAST_BACKEND", "auto") or "auto"
+        name = _variable(_BACKEND, "auto") or "auto"
+        if name == "auto":
+            return None
         _check_name(name, "RESNET_FAST_BACKEND")
     return None if name == "auto" else name
+
+
+class _Variable(str):
+    """A name in the environment, and how os.environ keeps it."""
+
+    def __init__(self, name: str) -> None:
+        self.key = os.environ.encodekey(name) if hasattr(os.environ, "encodekey") else name
+
+
+_BACKEND, _DISABLE, _EXACT = (_Variable(f"RESNET_FAST_{name}") for name in ("BACKEND", "DISABLE", "EXACT"))
+
+
+def _variable(name: _Variable, default: str) -> str:
+    """A variable of the environment as it is now; they are read several times an operator, and seldom set."""
+    if _set_variables is not None and name.key not in _set_variables:
+        return default
+    return os.environ.get(name, default)
 
 
 def why_not(op: str, name: str, door: str, args: tuple[Any, ...]) -> str | None:
@@ -162,9 +184,15 @@ def run(op: str, door: str, *args: Any) -> Any:
         if reason is not None:
             raise RuntimeError(f"resnet_fast: backend {name!r} cannot run {op}.{door}: {reason}")
         return _call(op, name, door, args)
+    quick = _quick(op, door, args)
+    known = _recall(quick)
+    if known is not None:
+        return _call(op, known, door, args)
     key = signature(op, door, args)
     choice = _choices.get(key)
     if choice in ORDER and why_not(op, choice, door, args) is None:
+        if choice != "cudnn":  # which torch.backends.cudnn.enabled can forbid at any time
+            _remembered[quick] = choice
         return _call(op, choice, door, args)
     able = [name for name in ORDER if why_not(op, name, door, args) is None]
     if len(able) == 1:
@@ -181,14 +209,21 @@ def run_whole(op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
     where it says so (`whole_unmeasured(door)`). (The eager room is the specification; its parts have eager rooms of their own.)
     """
     name = forced()
-    rooms = ORDER if name is None else (name,)
+    rooms, quick = (ORDER, _quick(op, door, args)) if name is None else ((name,), None)
+    known = None if quick is None else _recall(quick)
+    if known is not None:
+        return parts() if known == "parts" else _call(op, known, door, args)
     able = [r for r in rooms if r != "eager" and why_not(op, r, door, args) is None]
     if not able:
+        if quick is not None:
+            _remembered[quick] = "parts"
         return parts()
     if name is not None:
         return _call(op, name, door, args)
     key = signature(op, door, args)
     choice = _choices.get(key)
+    if choice is not None:
+        _remembered[quick] = choice if choice in able else "parts"
     if choice is None and _choices.measuring() and not _capturing(args):
         parts()  # once before the clock: what its own operators choose is measured then
         choice = _fastest([*able, "parts"], lambda r: parts() if r == "parts" else _call(op, r, door, args), args)
@@ -197,6 +232,32 @@ def run_whole(op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
     if choice is None:
         choice = next((r for r in able if getattr(room(op, r), "whole_unmeasured", lambda door: False)(door)), None)
     return _call(op, choice, door, args) if choice in able else parts()
+
+
+def _quick(op: str, door: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a choice and a room's `why_not` depend on, as `signature`, of parts that need no formatting."""
+    about: list[Any] = [op, door, is_exact(), is_normalised_next(), torch.get_num_threads()]
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            about += (a.dtype, a.shape, a.stride(), a.device)
+        else:
+            about.append(tuple(a) if isinstance(a, list) else a)
+    return tuple(about)
+
+
+def _recall(quick: tuple[Any, ...]) -> str | None:
+    """The room remembered for this key, None where there is none or something was measured or forgotten since."""
+    global _remembered_at
+    known, changes = _choices.state()
+    if known is not _remembered_at[0] or changes != _remembered_at[1]:
+        forget()
+        _remembered_at = known, changes
+    return _remembered.get(quick)
+
+
+def forget() -> None:
+    """Ask every room again what it can take: what it depends on besides the tensors has changed."""
+    _remembered.clear()
 
 
 def _fastest(names: list[str], call: Callable[[str], Any], args: tuple[Any, ...]) -> str:

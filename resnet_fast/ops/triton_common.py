@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fast import backends
+
 #: What stands in for a launch: (kernel, grid, arguments, constants, warps, stages).
 Executor = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any], int, int], None]
 
@@ -29,10 +31,12 @@ def executor(run: Executor) -> Iterator[None]:
     """Let `run` stand in for every launch of this process while the context lasts; any device's tensors are taken."""
     global _executor
     before, _executor = _executor, run
+    backends.forget()
     try:
         yield
     finally:
         _executor = before
+        backends.forget()
 
 
 @functools.cache

@@ -149,7 +149,7 @@ def test_the_end_of_a_network(make, memory):
     names = ["x", *(key for key, _ in stage.named_parameters())]
     check.compare(partial(result, ours), partial(result, plain), drawn, names)
     made = ours(drawn()["x"].requires_grad_()).grad_fn.name()
-    assert ("bn_act_global_avg_pool2d" in made) == (memory == "default"), made
+    assert ("BnActGlobalAvgPool2d" in made) == (memory == "default"), made
 
 
 def test_the_end_leaves_what_is_not_plain_alone():

@@ -50,9 +50,7 @@ def bwd(
     dy = common.channels_last(dy)  # once for the weight's and the bias's gradient, whose sums then have one order
     dx = conv_cpu.data_gradient(dy, x, weight, *window) if wants[0] else none
     dw = conv_cpu.weight_gradient(dy, x, weight, *window) if wants[1] else none.clone()
-    if wants[1] and weight.shape[2:].numel() > 1 and not (dw[:, 0].sum() + dw[0].sum()).isfinite():
-        # The border is multiplied as zeros, and 0 times a NaN of dy is NaN: torch leaves those taps out. Winograd mixes taps.
-        # What is not finite in filter k's gradient reaches dw[k] of every channel, in channel c of x dw[:, c] of every filter.
+    if dw is None:
         dw = eager.bwd(dy, x, weight, bias, *window, [False, True, False])[1]
         dw = common.like_weight(dw, weight)
     db = dy.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype) if wants[2] else none.clone()
