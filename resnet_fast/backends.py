@@ -40,7 +40,7 @@ BACKENDS = ("auto", *ORDER)
 _ROUNDS = 3
 
 _local = threading.local()
-_set_variables = getattr(os.environ, "_data", None)  # what os.environ would encode the name, fail and catch to find missing
+_set_variables = getattr(os.environ, "_data", None)  # os.environ would encode a name, fail and catch to say no
 _remembered: dict[tuple[Any, ...], str] = {}  # what was chosen for `_quick`'s key, once measured
 _remembered_at: tuple[object, int] = (None, -1)  # the state of `_choices` it belongs to
 _rooms: dict[tuple[str, str], ModuleType | None] = {}
