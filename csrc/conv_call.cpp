@@ -79,9 +79,12 @@ void conv_forward(const ConvCall& c) {
   const Kernels& k = kernels();
   const ConvShape& s = c.shape;
   const ConvConfig config = k.conv->heuristic(s, c.dtype, c.threads, c.exact);
-  const bool strided = !c.scale && !k.pack_strided_why_not(s, c.dtype, config.algorithm);
+  // Strided packing knows no scale, which then waits for the epilogue: packing dense filters one at a time takes
+  // longer.
+  const bool strided = !k.pack_strided_why_not(s, c.dtype, config.algorithm);
   const Filters& f = c.filters;
-  ConvArgs args{s, config, c.dtype, c.y, c.x, nullptr, nullptr, c.shift, c.residual, c.relu, nullptr};
+  ConvArgs args{s,       config,     c.dtype, c.y,    c.x, nullptr, strided ? c.scale : nullptr,
+                c.shift, c.residual, c.relu,  nullptr};
   PackStridedArgs pack{s,          c.dtype,    config.algorithm, nullptr,    f.w,
                        f.stride_k, f.stride_c, f.stride_r,       f.stride_s, c.threads};
   if (strided) {

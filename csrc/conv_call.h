@@ -19,7 +19,7 @@ struct ConvCall {
   void* y;
   const void* x;
   Filters filters;
-  const float* scale;    // multiplied into the filters; null: 1
+  const float* scale;    // null: 1
   const float* shift;    // null: 0
   const void* residual;  // null: none
   bool relu;

@@ -45,7 +45,7 @@ class Operator:
         self.casts: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_plain(args):
+        if torch.compiler.is_compiling() or not is_plain(args):
             return self.overload(*args)
         device = args[0].device.type
         if self.casts and device in self.casts and torch.is_autocast_enabled(device):
@@ -61,7 +61,7 @@ class Operator:
         return self.run(*args)
 
 
-def _is_plain(args: Sequence[Any]) -> bool:
+def is_plain(args: Sequence[Any]) -> bool:
     """Whether tensors and thread are such that the dispatcher would only call autocast, autograd and the rooms."""
     if torch.autograd._profiler_enabled() or not _known(True, torch._C._dispatch_tls_local_include_set()):
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
+from resnet_fast import _library, _native
 from resnet_fast.ops import common
 
 
@@ -104,10 +105,22 @@ def update_running(
         return
     if n == 0:
         return
+    if running_mean is not None and _native.why_not() is None and _plain_floats(running_mean, running_var, mean, var):
+        place = [t.data_ptr() for t in (running_mean, running_var, mean, var)]
+        _native.module().bn_update_running(*place, n, shape[1], momentum)
+        torch.autograd.graph.increment_version((running_mean, running_var))
+        return
     if running_mean is not None:
         running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
     if running_var is not None:
         running_var.mul_(1 - momentum).add_(var.to(running_var.dtype), alpha=momentum * (n / (n - 1)))
+
+
+def _plain_floats(*tensors: Tensor) -> bool:
+    """Whether the compiled module may write to these: dense float32 on the CPU, and nothing else watches."""
+    if torch.compiler.is_compiling() or not _library.is_plain(tensors):
+        return False
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 
 def group_name(group: distributed.ProcessGroup | None) -> str:

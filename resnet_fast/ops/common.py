@@ -95,8 +95,14 @@ def cpu_gradient(weight: Tensor) -> Tensor:
     """An uninitialised float32 tensor with the weight's strides for a C++ room; large ones as in `cpu_output`."""
     if weight.numel() * 4 < POOLED:
         return torch.empty_like(weight, dtype=torch.float32)
-    strides = torch.empty_like(weight, device="meta").stride()
-    return cpu_output((1, weight.numel(), 1, 1), torch.float32).as_strided(weight.shape, strides)
+    return cpu_output((1, weight.numel(), 1, 1), torch.float32).as_strided(weight.shape, _like_strides(weight))
+
+
+def _like_strides(t: Tensor) -> tuple[int, ...]:
+    """The strides of `torch.empty_like(t)`, which are t's own where it is dense."""
+    if t.is_contiguous() or t.is_contiguous(memory_format=CHANNELS_LAST):
+        return t.stride()
+    return torch.empty_like(t, device="meta").stride()
 
 
 def as_output(t: Tensor) -> Tensor:
@@ -115,7 +121,9 @@ def _strides(shape: torch.Size) -> tuple[int, int, int, int]:
 
 def vector(t: Tensor | None) -> Tensor | None:
     """A per-channel vector as the compiled kernels read it: dense float32."""
-    return None if t is None else t.detach().float().contiguous()
+    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
+        return t
+    return t.detach().float().contiguous()
 
 
 def address(t: Tensor | None) -> int:
@@ -147,8 +155,7 @@ def like_input(grad: Tensor, x: Tensor) -> Tensor:
 
 def like_weight(dw: Tensor, weight: Tensor) -> Tensor:
     """A weight gradient with its weight's strides (where those are dense), so that autograd may keep it uncopied."""
-    want = torch.empty_like(weight)
-    return dw if dw.stride() == want.stride() else want.copy_(dw)
+    return dw if dw.stride() == _like_strides(weight) else torch.empty_like(weight).copy_(dw)
 
 
 def conv_output_size(n: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -1,4 +1,4 @@
-"""conv_bn_act by the C++ kernels: scale folded into the packed filters; shift, residual and ReLU in the epilogue."""
+"""conv_bn_act by the C++ kernels: scale, shift, residual and ReLU in the epilogue (or the scale in the packed filters)."""
 
 from __future__ import annotations
 
