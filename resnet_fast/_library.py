@@ -13,16 +13,10 @@ from typing import Any
 
 import torch
 
-from resnet_fast import backends
+from resnet_fast import _plain, backends
 
 NAMESPACE = "resnet_fast"
 _lib = torch.library.Library(NAMESPACE, "DEF")
-
-#: Dispatch keys of a tensor for which torch's dispatcher does nothing that `Operator` does not do itself.
-_PLAIN_TENSOR = {"CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"}
-#: Dispatch keys every thread has; a mode (fake tensors, tracing, functorch) adds its own.
-_PLAIN_THREAD = {"BackendSelect", "ADInplaceOrView"}
-_plain: dict[tuple[bool, int], bool] = {}
 
 
 class Operator:
@@ -45,7 +39,7 @@ class Operator:
         self.casts: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not is_plain(args):
+        if not _plain.is_plain(args):
             return self.overload(*args)
         device = args[0].device.type
         if self.casts and device in self.casts and torch.is_autocast_enabled(device):
@@ -59,30 +53,6 @@ class Operator:
         if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             return self.node.apply(*args)
         return self.run(*args)
-
-
-def is_plain(args: Sequence[Any]) -> bool:
-    """Whether tensors and thread are such that the dispatcher would only call autocast, autograd and the rooms."""
-    if torch.autograd._profiler_enabled() or not _known(True, torch._C._dispatch_tls_local_include_set()):
-        return False
-    for a in args:
-        if isinstance(a, torch.Tensor):
-            kind = type(a)
-            if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or not _known(
-                False, torch._C._dispatch_keys(a)
-            ):
-                return False
-    return not torch._C._len_torch_function_stack()
-
-
-def _known(thread: bool, keys: Any) -> bool:
-    """Whether a thread's or tensor's dispatch keys are the plain ones; answers are kept."""
-    code = (thread, keys.raw_repr())
-    answer = _plain.get(code)
-    if answer is None:
-        names = {name.strip() for name in str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(",")}
-        answer = _plain[code] = names <= (_PLAIN_THREAD if thread else _PLAIN_TENSOR)
-    return answer
 
 
 def _autocast_keys(device: str) -> Any:

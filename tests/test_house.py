@@ -73,7 +73,7 @@ def layer(module: str) -> int | None:
         return 4
     if head == "backends":
         return 3
-    if head in ("_choices", "_native"):
+    if head in ("_choices", "_native", "_plain"):
         return 1
     return None
 

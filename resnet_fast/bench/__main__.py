@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from resnet_fast.bench import engines, operators, report, roofline, timer, worker
+from resnet_fast.bench import engines, layers, operators, report, roofline, timer, worker
 from resnet_fast.bench.cases import BenchError, Case
 
 DTYPES = ("float32", "bfloat16")
@@ -95,7 +95,11 @@ def parser() -> argparse.ArgumentParser:
             p.set_defaults(rounds=5, seconds=0.5, minutes=4.5)
             p.add_argument("--output", type=Path, help="folder of the files [benchmarks/results, else here]")
     p = add("op", "one operator over every layer shape of a network, per backend", "resnet50", "1")
-    p.add_argument("operator", choices=operators.OPERATORS)
+    p.add_argument(
+        "operator",
+        choices=[*operators.OPERATORS, "network"],
+        help="network: every step of the frozen network, inside it",
+    )
     p = add("roofline", "elements a network moves, counted; and this machine's rates", ",".join(FAMILY), "1")
     hidden = commands.add_parser("worker")
     hidden.add_argument("--engine", required=True)
@@ -291,7 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "roofline":
             return show_roofline(args)
         if args.command == "op":
-            return operators.main(args, device(args.device))
+            table = layers if args.operator == "network" else operators
+            return table.main(args, device(args.device))
         return compare(args)
     except BenchError as error:
         print(f"resnet_fast.bench: {error}", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from resnet_fast import _library, _native
+from resnet_fast import _native, _plain
 from resnet_fast.ops import common
 
 
@@ -118,9 +118,9 @@ def update_running(
 
 def _plain_floats(*tensors: Tensor) -> bool:
     """Whether the compiled module may write to these: dense float32 on the CPU, and nothing else watches."""
-    if torch.compiler.is_compiling() or not _library.is_plain(tensors):
-        return False
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    return _plain.is_plain(tensors) and all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+    )
 
 
 def group_name(group: distributed.ProcessGroup | None) -> str:
