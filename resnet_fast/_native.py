@@ -40,6 +40,30 @@ def isa() -> str | None:
     return None if _module is None else _module.isa()
 
 
+@functools.cache
+def _processor() -> set[str]:
+    """What /proc/cpuinfo says this processor can; empty where there is no such file."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            line = next((line for line in f if line.startswith(("flags", "Features"))), ":")
+    except OSError:
+        line = ":"
+    return set(line.split(":", 1)[1].split())
+
+
+def outpaced(dtype: torch.dtype) -> bool:
+    """Whether a library may have instructions on this machine that these kernels do not use.
+
+    Matrix tiles (AMX) for bfloat16, what RESNET_FAST_ISA leaves out, and everything where only the portable baseline runs.
+    """
+    mine = isa()
+    if mine in (None, "default"):
+        return True
+    wanted = {"avx512f"} | ({"avx512_bf16", "amx_bf16"} if dtype == torch.bfloat16 else set())
+    have = {"avx512": {"avx512f"}, "avx512_bf16": {"avx512f", "avx512_bf16"}}.get(mine, set())
+    return bool(wanted & _processor() - have)
+
+
 #: dtypes the CUDA kernels take, as the integers of csrc/cuda/kernels.h
 CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -226,7 +226,7 @@ def run_whole(op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
         _remembered[quick] = choice if choice in able else "parts"
     if choice is None and _choices.measuring() and not _capturing(args):
         parts()  # once before the clock: what its own operators choose is measured then
-        choice = _fastest([*able, "parts"], lambda r: parts() if r == "parts" else _call(op, r, door, args), args)
+        choice = fastest([*able, "parts"], lambda r: parts() if r == "parts" else _call(op, r, door, args), args)
         log.debug("%s -> %s", key, choice)
         _choices.put(key, choice)
     if choice is None:
@@ -260,8 +260,8 @@ def forget() -> None:
     _remembered.clear()
 
 
-def _fastest(names: list[str], call: Callable[[str], Any], args: tuple[Any, ...]) -> str:
-    """The name whose call is fastest, interleaved, after one call each that warms up."""
+def fastest(names: list[str], call: Callable[[str], Any], args: tuple[Any, ...]) -> str:
+    """The name whose call is fastest, interleaved, after one call each that warms up; `args`: tensors that tell the device."""
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     best = dict.fromkeys(names, float("inf"))
     for turn in range(_ROUNDS + 1):

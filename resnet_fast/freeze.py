@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fast import _choices, _native, backends
 from resnet_fast._graphs import Graphs
 from resnet_fast._lower import Unsupported, lower
 from resnet_fast._plan import FoldedProgram
@@ -25,9 +26,11 @@ def freeze(
     """Make an inference-only module of a model; the model stays as it was.
 
     Statistics are folded into the filters (in float64, rounded once), filters are packed for the kernels, and on CPUs the
-    whole network runs in one call of the compiled module, in memory planned beforehand. On GPUs it runs operator by
-    operator, bias, residual and ReLU in the convolutions' epilogues, and the shapes of `example` and `prepare` are captured
-    as CUDA graphs. Later changes of the model do not reach the frozen module: freeze again.
+    whole network runs in one call of the compiled module, in memory planned beforehand. (Where oneDNN has instructions the
+    kernels do not use, AMX or what RESNET_FAST_ISA leaves out, the faster of the two runs, measured once for each shape.)
+    On GPUs it runs operator by operator, bias, residual and ReLU in the convolutions' epilogues, and the shapes of
+    `example` and `prepare` are captured as CUDA graphs. Later changes of the model do not reach the frozen module: freeze
+    again.
 
     Args:
         model: any module; what is not understood runs by its own operations (`explain` says which).
@@ -75,6 +78,9 @@ class Frozen(nn.Module):
             except Unsupported as error:
                 self.reason = f"operator by operator: {error}"
                 self.program = FoldedProgram(source, program, dtype)
+            else:
+                if _native.outpaced(dtype):  # oneDNN may be ahead here: both are measured, shape by shape
+                    self.program = FoldedProgram(source, program, dtype)
         self.graphs = Graphs(self._operators)
         super().train(False)
 
@@ -88,7 +94,7 @@ class Frozen(nn.Module):
         if x.device != self.device:
             raise RuntimeError(f"frozen on {self.device}, got an input on {x.device}")
         with torch.inference_mode():
-            if self.network is not None:
+            if self.network is not None and not self._library_is_faster(x):
                 y = self.network(x)
                 return y.to(x.dtype) if isinstance(y, Tensor) else y
             return self.graphs(x) if x in self.graphs else self._operators(x)
@@ -96,6 +102,20 @@ class Frozen(nn.Module):
     def _operators(self, x: Tensor) -> Any:
         y = self.program(x.to(self.dtype))
         return y.to(x.dtype) if isinstance(y, Tensor) else y
+
+    def _library_is_faster(self, x: Tensor) -> bool:
+        """Whether oneDNN's convolutions, operator by operator, were measured faster on inputs like x than the one call."""
+        if self.program is None or x.dim() != 4 or x.shape[0] == 0:
+            return False
+        key = f"frozen|{self.network.fingerprint}|{tuple(x.shape)}|{torch.get_num_threads()}|{self.exact}"
+        choice = _choices.get(key)
+        if choice is None:
+            if not _choices.measuring():
+                return False
+            ways = {"network": self.network, "library": self._operators}
+            choice = backends.fastest(list(ways), lambda name: ways[name](x), (x,))
+            _choices.put(key, choice)
+        return choice == "library"
 
     def prepare(self, x: Tensor) -> Frozen:
         """Make the plan of x's shape now, measuring its kernels (seconds, once per machine: the choices are kept).
@@ -128,10 +148,11 @@ class Frozen(nn.Module):
 
     def explain(self, x: Tensor | None = None) -> Report:
         """The plan's steps; with an input, those of its shape with the algorithm each one runs."""
-        if self.network is not None:
+        if self.network is not None and (x is None or not self._library_is_faster(x)):
             return self.network.explain(x)
         shapes = ", ".join("x".join(map(str, shape)) for shape, _ in self.graphs.captured)
-        note = (self.reason or "") + (f"; CUDA graphs of {shapes}" if shapes else "")
+        reason = self.reason if self.network is None else "operator by operator: measured faster than the one call"
+        note = (reason or "") + (f"; CUDA graphs of {shapes}" if shapes else "")
         return Report([Row("", "Frozen", 0, note), *getattr(self.program, "rows", list)()])
 
     def extra_repr(self) -> str:

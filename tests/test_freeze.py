@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast import _native
+from resnet_fast import _choices, _native, backends
 from tests.model_law import realistic, same_evaluation
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
@@ -66,6 +66,52 @@ def test_own_models_and_converted_models(model):
     converted = resnet_fast.convert(model)
     assert resnet_fast.freeze(converted).reason is None
     assert resnet_fast.explain(converted).fused == 21  # freezing left it converted
+
+
+@pytest.mark.parametrize(
+    ("isa", "flags", "dtype", "outpaced"),
+    [
+        ("avx512_bf16", {"avx512f", "avx512_bf16"}, torch.bfloat16, False),
+        ("avx512_bf16", {"avx512f", "avx512_bf16", "amx_bf16"}, torch.bfloat16, True),
+        ("avx512_bf16", {"avx512f", "avx512_bf16", "amx_bf16"}, torch.float32, False),
+        ("avx512", {"avx512f"}, torch.bfloat16, False),
+        ("avx512", {"avx512f", "avx512_bf16"}, torch.bfloat16, True),
+        ("avx2", {"avx2"}, torch.float32, False),
+        ("avx2", {"avx2", "avx512f"}, torch.float32, True),
+        ("default", {"asimd"}, torch.float32, True),
+    ],
+)
+def test_where_a_library_may_be_ahead(monkeypatch, isa, flags, dtype, outpaced):
+    """It has instructions that the kernels in use have not."""
+    monkeypatch.setattr(_native, "isa", lambda: isa)
+    monkeypatch.setattr(_native, "_processor", lambda: flags)
+    assert _native.outpaced(dtype) is outpaced
+
+
+@compiled
+@pytest.mark.parametrize("faster", ["network", "library"])
+def test_the_faster_way_is_measured_and_kept(model, monkeypatch, cache, faster):
+    """Where a library may be ahead both ways are measured, once a shape, and either is right."""
+    measured = []
+
+    def fastest(names, call, args):
+        measured.append(tuple(args[0].shape))
+        assert set(names) == {"network", "library"} and all(call(name).shape == (2, 10) for name in names)
+        return faster
+
+    monkeypatch.setattr(_native, "outpaced", lambda dtype: True)
+    monkeypatch.setattr(_choices, "measuring", lambda: True)
+    monkeypatch.setattr(backends, "fastest", fastest)
+    frozen, x = resnet_fast.freeze(model), torch.randn(2, 3, 64, 64)
+    for _ in range(2):
+        same_evaluation(model, frozen, x, factor=WINOGRAD)
+    assert measured == [(2, 3, 64, 64)]
+    assert ("measured faster" in str(frozen.explain(x))) == (faster == "library")
+    again = resnet_fast.freeze(model)
+    again(x)
+    assert len(measured) == 1  # the choice is the network's, not this object's
+    monkeypatch.setattr(_choices, "measuring", lambda: False)
+    assert again(torch.randn(2, 3, 32, 32)).shape == (2, 10) and len(measured) == 1
 
 
 def test_exact_obeys_the_general_law(model):
