@@ -6,6 +6,7 @@
 #include <new>
 
 #include "buffers.h"
+#include "check.h"
 #include "cpu/kernels.h"
 
 namespace rf {
@@ -126,15 +127,20 @@ void conv_data_gradient(const DataGradientCall& c) {
     turned.groups = s.groups;
     const float* last_tap = f.w + (s.R - 1) * f.stride_r + (s.S - 1) * f.stride_s;
     const Filters filters{last_tap, f.stride_group, f.stride_c, f.stride_k, -f.stride_r, -f.stride_s};
-    return conv_forward({turned, c.dtype, c.dx, c.dy, filters, nullptr, nullptr, nullptr, false, c.exact, c.threads});
+    return conv_forward(
+        {turned, c.dtype, c.dx, c.dy, filters, nullptr, nullptr, c.residual, false, c.exact, c.threads});
   }
+  RF_CHECK(!c.residual, "conv_data_gradient: a residual is added at stride 1 only, got stride ", s.stride_h, " x ",
+           s.stride_w);
   const bool winograd = !c.exact && !k.dgrad_winograd_why_not(s, c.dtype);
   (winograd ? k.dgrad_winograd
             : k.dgrad)({s, c.dtype, c.dx, c.dy, f.w, f.stride_k, f.stride_c, f.stride_r, f.stride_s, c.threads});
 }
 
-const char* conv_data_gradient_why_not(const ConvShape& s, DType t) {
-  return is_convolution(s) ? nullptr : kernels().dgrad_why_not(s, t);
+const char* conv_data_gradient_why_not(const ConvShape& s, DType t, bool residual) {
+  if (is_convolution(s)) return nullptr;
+  return residual ? "another gradient is added to that of a convolution of stride 1 only"
+                  : kernels().dgrad_why_not(s, t);
 }
 
 bool conv_weight_gradient(const WgradArgs& a, bool exact) {

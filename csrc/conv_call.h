@@ -35,11 +35,12 @@ struct DataGradientCall {
   void* dx;
   const void* dy;
   Filters filters;
+  const void* residual;  // like dx, added to it, at stride 1 only; null: none
   bool exact;
   int threads;
 };
 void conv_data_gradient(const DataGradientCall&);
-const char* conv_data_gradient_why_not(const ConvShape&, DType);
+const char* conv_data_gradient_why_not(const ConvShape&, DType, bool residual);
 
 // dw, and whether what a value of dy or x that is not finite would spoil is finite.
 //

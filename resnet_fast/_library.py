@@ -36,6 +36,7 @@ class Operator:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         self.run = run
         self.node: type[torch.autograd.Function] | None = None
+        self.joining: type[torch.autograd.Function] | None = None
         self.casts: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -53,6 +54,24 @@ class Operator:
         if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             return self.node.apply(*args)
         return self.run(*args)
+
+    def with_input(self, *args: Any) -> tuple[Any, torch.Tensor]:
+        """The operator's output and its first argument again, for a second reader.
+
+        Where the operator has a formula for it (`autograd`'s `joined`), the gradients of both are joined while the
+        operator's own is computed, and not by an addition of their own.
+        """
+        x = args[0]
+        if self.joining is None or not torch.is_grad_enabled() or not x.requires_grad or not _plain.is_plain(args):
+            return self(*args), x
+        device = x.device.type
+        if not (self.casts and device in self.casts and torch.is_autocast_enabled(device)):
+            return self.joining.apply(*args)
+        cast = self.casts[device](args)
+        if cast[0] is not x:  # the second reader wants it as it was
+            return self(*args), x
+        with torch._C._ExcludeDispatchKeyGuard(_autocast_keys(device)):
+            return self.joining.apply(*cast)
 
 
 def _autocast_keys(device: str) -> Any:
@@ -95,22 +114,31 @@ def compose(name: str, schema: str, *, run: Callable[..., Any], fake: Callable[.
     return _operators[name]
 
 
-def autograd(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+def autograd(
+    name: str, setup: Callable[..., None], backward: Callable[..., Any], joined: Callable[..., Any] | None = None
+) -> None:
     """Give an operator its gradient: `setup(ctx, inputs, output)` saves, `backward(ctx, *grads)` computes.
 
     Of several outputs only the first may have a gradient. The backend asked for by name in forward, and `exact`, also rule
     backward, which may run in another thread.
+
+    Args:
+        joined: `joined(ctx, gradient of the output, gradient of the first input by another way)` as `backward`, the second
+            added to the first input's gradient; for operators with one output (`Operator.with_input`).
     """
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.forced, ctx.exact = backends.forced(), backends.is_exact()
         setup(ctx, inputs, output)
 
-    def run_backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def as_in_forward(ctx: Any, formula: Callable[..., Any], *grads: torch.Tensor) -> Any:
         if backends.forced() == ctx.forced and backends.is_exact() == ctx.exact:
-            return backward(ctx, *grads)
+            return formula(ctx, *grads)
         with backends.use_backend(ctx.forced or "auto"), backends.exact(ctx.exact):
-            return backward(ctx, *grads)
+            return formula(ctx, *grads)
+
+    def run_backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return as_in_forward(ctx, backward, *grads)
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=_lib)
     operator = _operators[name]
@@ -127,9 +155,22 @@ def autograd(name: str, setup: Callable[..., None], backward: Callable[..., Any]
             return (None,) * len(ctx.needs_input_grad)
         return run_backward(ctx, *grads)
 
+    def joining_forward(ctx: Any, *args: Any) -> Any:
+        return node_forward(ctx, *args), args[0]
+
+    def joining_backward(ctx: Any, dy: torch.Tensor | None, other: torch.Tensor | None) -> Any:
+        if dy is None:
+            return (other, *(None,) * (len(ctx.needs_input_grad) - 1))
+        return run_backward(ctx, dy) if other is None else as_in_forward(ctx, joined, dy, other)
+
+    def node(word: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> type[torch.autograd.Function]:
+        doors = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(word, (torch.autograd.Function,), doors)
+
     word = "".join(part.capitalize() for part in name.split("_"))
-    doors = {"forward": staticmethod(node_forward), "backward": staticmethod(node_backward)}
-    operator.node = type(word, (torch.autograd.Function,), doors)
+    operator.node = node(word, node_forward, node_backward)
+    if joined is not None:
+        operator.joining = node(f"{word}Joining", joining_forward, joining_backward)
 
 
 def autocast(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fast import _plain, backends, functional
+from resnet_fast import _native, _plain, backends, functional
+from resnet_fast.ops.conv2d import op as conv2d
 
 WEIGHT = torch.randn(8, 4, 3, 3)
 
@@ -97,6 +98,70 @@ def test_an_output_nothing_depends_on_has_no_gradient():
     x, weight = images().requires_grad_(), WEIGHT.clone().requires_grad_()
     Cut.apply(functional.conv2d(x, weight, None, 1, 1)).sum().backward()
     assert x.grad is None and weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_an_input_with_two_readers(dtype, kernel, stride):
+    """The gradient of the second reader is added where the first one's is computed: the same sum."""
+    weight = torch.randn(8, 4, kernel, kernel, dtype=dtype).requires_grad_()
+    x, shift = images(dtype=dtype).requires_grad_(), torch.randn(2, 4, 6, 5, dtype=dtype)
+    y, again = conv2d.with_input(x, weight, None, stride, kernel // 2)
+    assert y.grad_fn.name() == "Conv2dJoiningBackward" and again.data_ptr() == x.data_ptr()
+    dy = torch.randn_like(y)
+    joined = torch.autograd.grad((y, again * shift), (x, weight), (dy, torch.ones_like(x)))
+    z = functional.conv2d(x, weight, None, stride, kernel // 2)
+    apart = torch.autograd.grad((z, x * shift), (x, weight), (dy, torch.ones_like(x)))
+    tolerance = {"atol": 0.1, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
+    for a, b in zip(joined, apart, strict=True):
+        assert a.dtype == dtype and a.stride() == b.stride()
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_an_input_with_two_readers_of_which_one_is_not_asked():
+    weight, x = WEIGHT.clone().requires_grad_(), images().requires_grad_()
+    y, again = conv2d.with_input(x, weight, None, 1, 1)
+    dx, dw = torch.autograd.grad(again.sum(), (x, weight), allow_unused=True, retain_graph=True)
+    assert dw is None and torch.equal(dx, torch.ones_like(x))
+    alone = torch.autograd.grad(functional.conv2d(x, weight, None, 1, 1).sum(), (x, weight))
+    for a, b in zip(torch.autograd.grad(y.sum(), (x, weight)), alone, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_input_with_two_readers_differentiated_twice():
+    x, weight = (
+        images(dtype=torch.float64).requires_grad_(),
+        torch.randn(3, 4, 3, 3, dtype=torch.float64).requires_grad_(),
+    )
+
+    def both(x, weight):
+        y, again = conv2d.with_input(x, weight, None, 1, 1)
+        return y.sin(), again * again
+
+    assert torch.autograd.gradcheck(both, (x, weight)) and torch.autograd.gradgradcheck(both, (x, weight))
+
+
+def test_an_input_with_two_readers_is_joined_only_where_it_may_be():
+    """Without a gradient of x, where autocast casts it, and where the dispatcher is listened to, x itself comes back."""
+    weight, x = WEIGHT.clone().requires_grad_(), images()
+    assert conv2d.with_input(x, weight, None, 1, 1)[1] is x
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, again = conv2d.with_input(x, weight, None, 1, 1)
+        assert y.dtype == torch.bfloat16 and again is x
+        low = x.detach().bfloat16().requires_grad_()
+        assert conv2d.with_input(low, weight, None, 1, 1)[0].grad_fn.name() == "Conv2dJoiningBackward"
+    with Listener():
+        assert conv2d.with_input(x, weight, None, 1, 1)[1] is x
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason=str(_native.why_not()))
+def test_another_gradient_is_added_at_stride_1_only():
+    shape, one = (1, 6, 6, 4, 4, 3, 3, 3, 3, 2, 2, 1, 1, 1, 1, 1), images()
+    assert "stride 1" in _native.module().conv_data_gradient_why_not(shape, 0, True)
+    with pytest.raises(ValueError, match="stride 1 only, got stride 2 x 2"):
+        place = (one.data_ptr(), one.data_ptr(), one.data_ptr(), (36, 9, 3, 1), one.data_ptr())
+        _native.module().conv_data_gradient(shape, 0, *place, False, 1)
 
 
 def test_running_statistics_count_as_changed():

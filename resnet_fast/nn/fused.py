@@ -15,6 +15,7 @@ from torch.fx import Proxy
 from torch.nn.modules import module as global_hooks
 
 from resnet_fast import backends, functional
+from resnet_fast.ops.conv2d.op import with_input
 from resnet_fast.ops.recomputed_conv_bn_act.op import Norm, Pool
 
 
@@ -95,7 +96,7 @@ def chain(
         return x if pool is None else pool(x)
     if again:
         return _recomputed(x, links, residual, act)
-    z, bn = _inner(x, links)
+    z, bn, residual = _inner(x, links, residual)
     if pool is not None:
         mean, var, training, momentum = _statistics(bn)
         norm = (mean, var, bn.weight, bn.bias)
@@ -103,11 +104,18 @@ def chain(
     return bn_act(z, bn, residual, act)
 
 
-def _inner(x: Tensor, links: Links) -> tuple[Tensor, nn.BatchNorm2d]:
-    """The last link's convolution output, and the norm that follows."""
+def _inner(x: Tensor, links: Links, residual: Tensor | None = None) -> tuple[Tensor, nn.BatchNorm2d, Tensor | None]:
+    """The last link's convolution output, the norm that follows, and the residual to be added behind it.
+
+    A residual that is x itself comes back by way of the first convolution, which then joins the gradients of both.
+    """
     conv, bn = links[0]
+    given = (x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     with backends.normalised_next(bn.training):
-        z = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if residual is x:
+            z, residual = with_input(*given)
+        else:
+            z = functional.conv2d(*given)
     for conv, following in links[1:]:
         mean, var, training, momentum = _statistics(bn)
         with backends.normalised_next(following.training):
@@ -116,7 +124,7 @@ def _inner(x: Tensor, links: Links) -> tuple[Tensor, nn.BatchNorm2d]:
                 conv.stride, conv.padding, conv.dilation, conv.groups, _group(bn),
             )  # fmt: skip
         bn = following
-    return z, bn
+    return z, bn, residual
 
 
 def _recomputed(
@@ -125,7 +133,7 @@ def _recomputed(
     """The chain whose last convolution is computed again in backward, and the pool behind it."""
     before = None
     if len(links) > 1:
-        x, bn = _inner(x, links[:-1])
+        x, bn, residual = _inner(x, links[:-1], residual)
         before = _norm(bn)
     conv, bn = links[-1]
     window = None
@@ -162,7 +170,7 @@ def stem(x: Tensor, links: Links, pool: nn.MaxPool2d, lean: bool = False) -> Ten
         return _recomputed(x, links[-1:], None, "relu", pool)
     if lean and recomputes(links[-1][0]):
         return _recomputed(x, links, None, "relu", pool)
-    z, bn = _inner(x, links)
+    z, bn, _ = _inner(x, links)
     mean, var, training, momentum = _statistics(bn)
     return functional.bn_act_max_pool2d(
         z, mean, var, bn.weight, bn.bias, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode,

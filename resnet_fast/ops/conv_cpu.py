@@ -72,10 +72,28 @@ def backward_why_not(
         return reason
     shape, dtype = sizes(x, weight, stride, padding, dilation, groups), _native.DTYPES[x.dtype]
     if wants[0]:
-        reason = _native.module().conv_data_gradient_why_not(shape, dtype)
+        reason = _native.module().conv_data_gradient_why_not(shape, dtype, False)
     if reason is None and wants[1]:
         reason = _native.module().conv_wgrad_why_not(shape, dtype)  # what Winograd takes, the other one takes too
     return reason
+
+
+def dgrad_onto_why_not(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    other: Tensor,
+) -> str | None:
+    """As `backward_why_not`; the kernels that add another gradient of x to dx are the convolutions', with their epilogue."""
+    reason = why_not(dy, weight, x, other)
+    if reason is not None:
+        return reason
+    shape = sizes(x, weight, stride, padding, dilation, groups)
+    return _native.module().conv_data_gradient_why_not(shape, _native.DTYPES[x.dtype], True)
 
 
 def data_gradient(
@@ -86,14 +104,16 @@ def data_gradient(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    other: Tensor | None = None,
 ) -> Tensor:
-    """dx. At stride 1 a convolution of dy by the filters with K and C exchanged and their taps reversed.
+    """dx, plus another gradient of x where one is given (at stride 1 only).
 
-    At stride 2 by Winograd's algorithm where that can and `exact` does not forbid it.
+    At stride 1 a convolution of dy by the filters with K and C exchanged and their taps reversed; at stride 2 by Winograd's
+    algorithm where that can and `exact` does not forbid it.
     """
     shape, dy, filters = sizes(x, weight, stride, padding, dilation, groups), common.channels_last(dy), _filters(weight)
-    dx = common.cpu_output(x.shape, x.dtype)
-    place = (dx.data_ptr(), dy.data_ptr(), filters.data_ptr(), filters.stride())
+    dx, other = common.cpu_output(x.shape, x.dtype), None if other is None else common.channels_last(other)
+    place = (dx.data_ptr(), dy.data_ptr(), filters.data_ptr(), filters.stride(), common.address(other))
     _native.module().conv_data_gradient(
         shape, _native.DTYPES[x.dtype], *place, backends.is_exact(), torch.get_num_threads()
     )

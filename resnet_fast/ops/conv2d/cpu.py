@@ -17,6 +17,9 @@ def why_not(door: str, first: Tensor, second: Tensor, *args: object) -> str | No
     """Dense CPU tensors of one dtype, float32 or bfloat16; the weight may be float32."""
     if door == "fwd":  # the bias is an epilogue's vector, of any floating dtype
         return conv_cpu.why_not(first, second)
+    if door == "dgrad_onto":
+        weight, *window, other = args
+        return conv_cpu.dgrad_onto_why_not(first, second, weight, *window, other)
     return conv_cpu.backward_why_not(first, second, *args)
 
 
@@ -55,3 +58,17 @@ def bwd(
         dw = common.like_weight(dw, weight)
     db = dy.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype) if wants[2] else none.clone()
     return dx, dw, db
+
+
+def dgrad_onto(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    other: Tensor,
+) -> Tensor:
+    """dx and another gradient of x, added in the epilogue."""
+    return conv_cpu.data_gradient(dy, x, weight, stride, padding, dilation, groups, other)

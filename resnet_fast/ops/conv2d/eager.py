@@ -53,3 +53,18 @@ def bwd(
         dw.to(weight.dtype) if wants[1] else none.clone(),
         db.to(weight.dtype) if wants[2] else none.clone(),
     )
+
+
+def dgrad_onto(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    other: Tensor,
+) -> Tensor:
+    """dx and another gradient of x, added."""
+    dx = bwd(dy, x, weight, False, stride, padding, dilation, groups, [True, False, False])[0]
+    return dx + common.channels_last(other)
