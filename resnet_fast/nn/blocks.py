@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -64,9 +65,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor, pool: nn.AdaptiveAvgPool2d | None = None) -> Tensor:
         """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), pooled where a pool is given."""
-        shortcut = project(x, self.downsample)
         links = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-        return fused.chain(x, links, shortcut, lean=self.memory == "lean", pool=pool)
+        return fused.chain(x, links, partial(project, self.downsample), lean=self.memory == "lean", pool=pool)
 
 
 class Bottleneck(nn.Module):
@@ -111,9 +111,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, pool: nn.AdaptiveAvgPool2d | None = None) -> Tensor:
         """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)), pooled where a pool is given."""
-        shortcut = project(x, self.downsample)
         links = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return fused.chain(x, links, shortcut, lean=self.memory == "lean", pool=pool)
+        return fused.chain(x, links, partial(project, self.downsample), lean=self.memory == "lean", pool=pool)
 
 
 def pooled(x: Tensor, stage: nn.Sequential, pool: nn.Module) -> Tensor:
@@ -132,7 +131,7 @@ def pooled(x: Tensor, stage: nn.Sequential, pool: nn.Module) -> Tensor:
     return last(x, pool)
 
 
-def project(x: Tensor, downsample: nn.Module | None) -> Tensor:
+def project(downsample: nn.Module | None, x: Tensor) -> Tensor:
     """A block's shortcut: x itself, or its projection, fused where it is a convolution and a norm."""
     if downsample is None:
         return x

@@ -7,7 +7,7 @@ call, and the modules themselves are run then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
@@ -64,6 +64,8 @@ def conv_bn_act(
 RECOMPUTE_DEPTH = 512
 
 Links = Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]
+#: What a block adds to its main path: a tensor, or what is made of the block's input.
+Shortcut = Tensor | Callable[[Tensor], Tensor] | None
 
 
 def recomputes(conv: nn.Module) -> bool:
@@ -74,29 +76,30 @@ def recomputes(conv: nn.Module) -> bool:
 def chain(
     x: Tensor,
     links: Links,
-    residual: Tensor | None = None,
+    shortcut: Shortcut = None,
     act: str | None = "relu",
     lean: bool = False,
     pool: nn.AdaptiveAvgPool2d | None = None,
 ) -> Tensor:
-    """A block's main path: every link a convolution and its norm, ReLU between links; act(... + residual) at the end.
+    """A block's main path: every link a convolution and its norm, ReLU between links; act(... + shortcut) at the end.
 
     With gradients the activations between the links are not kept but computed again in backward, with `lean` also the
     last convolution's output where that `recomputes`. With `pool` (to one pixel) the mean of that end, which then is
     neither written nor kept where the block has gradients.
     """
     if pool is not None and (lean or act != "relu" or why_not_end(pool) or not torch.is_grad_enabled()):
-        return pool(chain(x, links, residual, act, lean))
+        return pool(chain(x, links, shortcut, act, lean))
     plain = isinstance(x, Proxy) or any(why_not_fused(conv, bn) or isinstance(conv.padding, str) for conv, bn in links)
     again = lean and not plain and recomputes(links[-1][0])
     if plain or not torch.is_grad_enabled() or (len(links) == 1 and not again):
+        residual = shortcut(x) if callable(shortcut) else shortcut
         for conv, bn in links[:-1]:
             x = conv_bn_act(x, conv, bn)
         x = conv_bn_act(x, *links[-1], residual, act)
         return x if pool is None else pool(x)
     if again:
-        return _recomputed(x, links, residual, act)
-    z, bn, residual = _inner(x, links, residual)
+        return _recomputed(x, links, shortcut, act)
+    z, bn, residual = _inner(x, links, shortcut)
     if pool is not None:
         mean, var, training, momentum = _statistics(bn)
         norm = (mean, var, bn.weight, bn.bias)
@@ -104,18 +107,19 @@ def chain(
     return bn_act(z, bn, residual, act)
 
 
-def _inner(x: Tensor, links: Links, residual: Tensor | None = None) -> tuple[Tensor, nn.BatchNorm2d, Tensor | None]:
+def _inner(x: Tensor, links: Links, shortcut: Shortcut = None) -> tuple[Tensor, nn.BatchNorm2d, Tensor | None]:
     """The last link's convolution output, the norm that follows, and the residual to be added behind it.
 
-    A residual that is x itself comes back by way of the first convolution, which then joins the gradients of both.
+    A shortcut of x gets x by way of the first convolution, which then joins the gradients of both.
     """
     conv, bn = links[0]
     given = (x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     with backends.normalised_next(bn.training):
-        if residual is x:
-            z, residual = with_input(*given)
+        if shortcut is x or callable(shortcut):
+            z, again = with_input(*given)
         else:
-            z = functional.conv2d(*given)
+            z, again = functional.conv2d(*given), None
+    residual = shortcut(again) if callable(shortcut) else shortcut if again is None else again
     for conv, following in links[1:]:
         mean, var, training, momentum = _statistics(bn)
         with backends.normalised_next(following.training):
@@ -128,13 +132,15 @@ def _inner(x: Tensor, links: Links, residual: Tensor | None = None) -> tuple[Ten
 
 
 def _recomputed(
-    x: Tensor, links: Links, residual: Tensor | None, act: str | None, pool: nn.MaxPool2d | None = None
+    x: Tensor, links: Links, shortcut: Shortcut, act: str | None, pool: nn.MaxPool2d | None = None
 ) -> Tensor:
     """The chain whose last convolution is computed again in backward, and the pool behind it."""
     before = None
     if len(links) > 1:
-        x, bn, residual = _inner(x, links[:-1], residual)
+        x, bn, residual = _inner(x, links[:-1], shortcut)
         before = _norm(bn)
+    else:
+        residual = shortcut(x) if callable(shortcut) else shortcut
     conv, bn = links[-1]
     window = None
     if pool is not None:
