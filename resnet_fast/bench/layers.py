@@ -57,7 +57,8 @@ def row(step: dict[str, Any], size: int, machine: roofline.Machine, gflops: floa
     _, k, p, q = step["shape"]
     (r, s), groups = step["kernel"], step["groups"]
     shape = f"{h}x{w}x{c} -> {p}x{q}x{k}"
-    filters = f"{r}x{s}/{step['stride'][0]}" + (f" g{groups}" if groups > 1 else "") if r * s > 0 else ""
+    filters = f"{r}x{s}/{step['stride'][0]}" + (f" g{groups}" if groups > 1 else "")
+    filters = filters if step["op"] in ("conv", "linear", "max_pool", "avg_pool") else ""
     seconds = step["ms"] / 1e3
     moved = size * (n * (h * w * c + p * q * k) + (r * s * c // groups * k if step["flops"] else 0))
     floor = max(step["flops"] / gflops, moved / machine.gbytes) / 1e9
