@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from resnet_fast import backends, info
+from resnet_fast import _native, backends, info
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,3 +68,11 @@ def test_every_variable_of_the_sources_is_listed() -> None:
     ]
     used = {name for path in sources for name in re.findall(r"RESNET_FAST_[A-Z_]+", path.read_text())}
     assert used == set(info.VARIABLES)
+
+
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler is on the PATH"
+)
+def test_the_compiled_module_is_there():
+    """It is optional to the installation: where its compilation fails, all the rest would merely be skipped or slow."""
+    assert _native.why_not() is None, _native.why_not()
