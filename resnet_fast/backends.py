@@ -38,6 +38,7 @@ ORDER = ("cuda", "cudnn", "triton", "cpu", "onednn", "eager")
 #: Names a user may ask for.
 BACKENDS = ("auto", *ORDER)
 _ROUNDS = 3
+_MOST_REMEMBERED = 10_000
 
 _local = threading.local()
 _set_variables = getattr(os.environ, "_data", None)  # os.environ would encode a name, fail and catch to say no
@@ -192,7 +193,7 @@ def run(op: str, door: str, *args: Any) -> Any:
     choice = _choices.get(key)
     if choice in ORDER and why_not(op, choice, door, args) is None:
         if choice != "cudnn":  # which torch.backends.cudnn.enabled can forbid at any time
-            _remembered[quick] = choice
+            _remember(quick, choice)
         return _call(op, choice, door, args)
     able = [name for name in ORDER if why_not(op, name, door, args) is None]
     if len(able) == 1:
@@ -216,14 +217,14 @@ def run_whole(op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
     able = [r for r in rooms if r != "eager" and why_not(op, r, door, args) is None]
     if not able:
         if quick is not None:
-            _remembered[quick] = "parts"
+            _remember(quick, "parts")
         return parts()
     if name is not None:
         return _call(op, name, door, args)
     key = signature(op, door, args)
     choice = _choices.get(key)
     if choice is not None:
-        _remembered[quick] = choice if choice in able else "parts"
+        _remember(quick, choice if choice in able else "parts")
     if choice is None and _choices.measuring() and not _capturing(args):
         parts()  # once before the clock: what its own operators choose is measured then
         choice = fastest([*able, "parts"], lambda r: parts() if r == "parts" else _call(op, r, door, args), args)
@@ -253,6 +254,12 @@ def _recall(quick: tuple[Any, ...]) -> str | None:
         forget()
         _remembered_at = known, changes
     return _remembered.get(quick)
+
+
+def _remember(quick: tuple[Any, ...], choice: str) -> None:
+    if len(_remembered) >= _MOST_REMEMBERED:  # images of ever new sizes: what is used comes back by itself
+        forget()
+    _remembered[quick] = choice
 
 
 def forget() -> None:

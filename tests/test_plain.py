@@ -196,3 +196,12 @@ def test_a_recalled_room_is_asked_again_where_tensors_differ():
     rooms = [room for _, _, room in events]
     assert rooms[1] == rooms[4] == "eager", rooms  # no other room takes float64 on a CPU
     assert len(rooms) == 5
+
+
+def test_what_is_recalled_does_not_grow_for_ever(monkeypatch):
+    """Images of ever new sizes."""
+    monkeypatch.setattr(backends, "_MOST_REMEMBERED", 4)
+    with torch.no_grad():
+        for size in range(5, 15):
+            functional.bn_act_conv2d(torch.randn(1, 4, size, size), torch.zeros(4), torch.ones(4), None, None, WEIGHT)
+            assert len(backends._remembered) <= 4
