@@ -229,19 +229,6 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
         worker.close()
 
 
-def test_op_network(capsys):
-    """Every step of the frozen network has a line; the stem's convolution and pool are one."""
-    code = bench.main(
-        ["op", "network", "--model", "resnet18", "--size", "64", "--rounds", "1", "--dtype", "float32,bfloat16"]
-    )
-    out = capsys.readouterr().out
-    assert code == 0 and out.count(": ok") == 2
-    for text in out.split("frozen resnet18")[1:]:
-        lines = [line.split("  ")[0] for line in text.splitlines()]
-        assert lines.count("conv1, max_pool") == 1 and lines.count("all") == 1
-        assert sum(line.startswith("layer") and "." in line for line in lines) == 19
-
-
 @pytest.mark.parametrize("op", operators.OPERATORS)
 def test_op_tables(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--size", "64", "--rounds", "1", "--seconds", "0.001", "--threads", "1", "--device", "cpu"]
