@@ -133,8 +133,9 @@ void conv_data_gradient(const DataGradientCall& c) {
     return conv_forward(
         {turned, c.dtype, c.dx, c.dy, filters, nullptr, nullptr, c.residual, false, c.exact, c.threads});
   }
-  RF_CHECK(!c.residual, "conv_data_gradient: a residual is added at stride 1 only, got stride ", s.stride_h, " x ",
-           s.stride_w);
+  RF_CHECK(!c.residual,
+           "conv_data_gradient: a residual is added at stride 1 only and padding within the filter, got stride ",
+           s.stride_h, " x ", s.stride_w, ", padding ", s.pad_h, " x ", s.pad_w);
   const bool winograd = !c.exact && !k.dgrad_winograd_why_not(s, c.dtype);
   (winograd ? k.dgrad_winograd
             : k.dgrad)({s, c.dtype, c.dx, c.dy, f.w, f.stride_k, f.stride_c, f.stride_r, f.stride_s, c.threads});
