@@ -6,6 +6,15 @@
 
 namespace rf {
 
+// A norm whose statistics are known.
+struct BnVectors {
+  const float* mean;  // null: no norm
+  const float* var;
+  const float* gamma;  // or null: 1
+  const float* beta;   // or null: 0
+  double eps;
+};
+
 struct BnActArgs {
   DType dtype;
   void* y;      // null: statistics only
@@ -21,6 +30,7 @@ struct BnActArgs {
   bool training;  // statistics of this batch; else the given mean and var
   bool relu;
   int threads;
+  BnVectors residual_norm = {};  // of the residual, before it is added (a block's projection)
 };
 
 // With g = dy where the ReLU passed, else 0:

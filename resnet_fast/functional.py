@@ -9,6 +9,7 @@ from resnet_fast.ops.conv2d.op import conv2d
 from resnet_fast.ops.conv_bn_act.op import conv_bn_act
 from resnet_fast.ops.max_pool2d.op import max_pool2d
 from resnet_fast.ops.recomputed_conv_bn_act.op import recomputed_conv_bn_act
+from resnet_fast.ops.residual_block.op import residual_block
 from resnet_fast.ops.scale_add_relu.op import scale_add_relu
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "conv_bn_act",
     "max_pool2d",
     "recomputed_conv_bn_act",
+    "residual_block",
     "scale_add_relu",
 ]

@@ -235,7 +235,7 @@ def test_public_type_hints(name):
 def test_public_names():
     """Pinned: users import these."""
     names = """add_relu bn_act bn_act_conv2d bn_act_global_avg_pool2d bn_act_max_pool2d conv2d conv_bn_act max_pool2d
-    recomputed_conv_bn_act scale_add_relu"""
+    recomputed_conv_bn_act residual_block scale_add_relu"""
     assert set(functional.__all__) == set(names.split())
     wanted = {"convert", "exact", "explain", "freeze", "functional", "nn", "restore", "tune", "use_backend"}
     assert wanted <= set(resnet_fast.__all__)
@@ -266,6 +266,7 @@ def test_public_parameters():
         "stride padding dilation groups group",
         "max_pool2d": "x kernel_size stride padding dilation ceil_mode",
         "recomputed_conv_bn_act": "x weight bias bn residual act stride padding dilation groups before pool",
+        "residual_block": "x links projection",
         "scale_add_relu": "x scale residual",
     }
     for name, parameters in expected.items():

@@ -105,8 +105,11 @@ static void finish_channels(const BnActArgs& a, const Grid& grid, float* partial
   }
 }
 
-template <class T, bool residual, bool rectify, bool streamed>
-static void apply_tile(const BnActArgs& a, const Affine& k, const Tile& t) {
+// What is added: nothing, the residual as it is, or what its own norm makes of it.
+enum class Added { none, plain, normalised };
+
+template <class T, Added added, bool rectify, bool streamed>
+static void apply_tile(const BnActArgs& a, const Affine& k, const Affine& of_residual, const Tile& t) {
   const T* x = static_cast<const T*>(a.x);
   const T* r = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
@@ -114,26 +117,48 @@ static void apply_tile(const BnActArgs& a, const Affine& k, const Tile& t) {
     const int64_t at = row * a.channels;
     for_columns(t.col_begin, t.col_end, [&](int64_t c, auto lanes) {
       Vec v = normalise(load(x + at + c, lanes), k, c);
-      if (residual) v = v + load(r + at + c, lanes);
+      if (added == Added::plain) v = v + load(r + at + c, lanes);
+      if (added == Added::normalised) v = v + normalise(load(r + at + c, lanes), of_residual, c);
       put<streamed>(y + at + c, rectify ? relu(v) : v, lanes);
     });
   }
   if (streamed) stream_fence();
 }
 
+template <class T, Added added, bool streamed>
+static void apply_with(const BnActArgs& a, const Affine& k, const Affine& of_residual, const Tile& t) {
+  a.relu ? apply_tile<T, added, true, streamed>(a, k, of_residual, t)
+         : apply_tile<T, added, false, streamed>(a, k, of_residual, t);
+}
+
 template <class T, bool streamed>
-static void apply_any(const BnActArgs& a, const Affine& k, const Tile& t) {
-  if (a.residual)
-    a.relu ? apply_tile<T, true, true, streamed>(a, k, t) : apply_tile<T, true, false, streamed>(a, k, t);
+static void apply_any(const BnActArgs& a, const Affine& k, const Affine& of_residual, const Tile& t) {
+  if (!a.residual)
+    apply_with<T, Added::none, streamed>(a, k, of_residual, t);
   else
-    a.relu ? apply_tile<T, false, true, streamed>(a, k, t) : apply_tile<T, false, false, streamed>(a, k, t);
+    a.residual_norm.mean ? apply_with<T, Added::normalised, streamed>(a, k, of_residual, t)
+                         : apply_with<T, Added::plain, streamed>(a, k, of_residual, t);
+}
+
+// The residual's constants, of this thread's channels.
+static void start_residual(const BnVectors& norm, const Affine& k, Range channels) {
+  for (int64_t c = channels.begin; c < channels.end && norm.mean; ++c) {
+    const float rstd = rstd_of(norm.var[c], norm.eps);
+    k.mean[c] = norm.mean[c];
+    k.scale[c] = norm.gamma ? norm.gamma[c] * rstd : rstd;
+    k.beta[c] = norm.beta ? norm.beta[c] : 0.f;
+  }
 }
 
 template <class T>
 static void forward(const BnActArgs& a, const Grid& grid) {
-  float* partials = scratch(size_t((a.training ? 3 * grid.chunks + 3 : 3) * grid.padded));
+  float* partials = scratch(size_t((a.training ? 3 * grid.chunks + 6 : 6) * grid.padded));
   float* constants = partials + (a.training ? 3 * grid.chunks * grid.padded : 0);
-  const Affine k = {constants, constants + grid.padded, constants + 2 * grid.padded};
+  const auto affine = [&](int64_t i) -> Affine {
+    float* at = constants + 3 * i * grid.padded;
+    return {at, at + grid.padded, at + 2 * grid.padded};
+  };
+  const Affine k = affine(0), of_residual = affine(1);
   const bool streamed = a.y && can_stream(a.y, grid, a.dtype);
   parallel(useful_threads(a.threads, grid), [&](const Team& team) {
     if (a.training) {
@@ -142,11 +167,14 @@ static void forward(const BnActArgs& a, const Grid& grid) {
       });
       team.sync();
     }
-    finish_channels(a, grid, partials, k, team.share(grid.channels, kMergeBlock));
+    const Range channels = team.share(grid.channels, kMergeBlock);
+    finish_channels(a, grid, partials, k, channels);
+    start_residual(a.residual_norm, of_residual, channels);
     if (!a.y) return;
     team.sync();
-    for_tiles(team, grid, a.training,
-              [&](const Tile& t) { streamed ? apply_any<T, true>(a, k, t) : apply_any<T, false>(a, k, t); });
+    for_tiles(team, grid, a.training, [&](const Tile& t) {
+      streamed ? apply_any<T, true>(a, k, of_residual, t) : apply_any<T, false>(a, k, of_residual, t);
+    });
   });
 }
 

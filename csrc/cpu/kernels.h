@@ -6,6 +6,7 @@
 #include "../bn_act_max_pool2d.h"
 #include "../conv.h"
 #include "../conv_backward.h"
+#include "../residual_block.h"
 #include "program.h"
 
 #ifndef RF_ISA
@@ -38,6 +39,8 @@ struct Kernels {
   void (*pack_strided)(const PackStridedArgs&);
   size_t (*streamed_scratch_bytes)(const ConvShape&, DType, int algorithm, int threads);
   void (*run_streamed)(const ConvArgs&, const PackStridedArgs&);
+  void (*gather_strided_pixels)(const StridedPixelsArgs&);
+  void (*add_strided_pixels)(const StridedPixelsArgs&);
 };
 
 // The set in use: the widest the machine has, or the one RESNET_FAST_ISA names.

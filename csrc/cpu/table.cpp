@@ -27,6 +27,8 @@ const char* pack_strided_why_not(const ConvShape&, DType, int algorithm);
 void pack_strided(const PackStridedArgs&);
 size_t streamed_scratch_bytes(const ConvShape&, DType, int algorithm, int threads);
 void run_streamed(const ConvArgs&, const PackStridedArgs&);
+void gather_strided_pixels(const StridedPixelsArgs&);
+void add_strided_pixels(const StridedPixelsArgs&);
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
@@ -53,6 +55,8 @@ const Kernels kKernels = {
     /*pack_strided=*/pack_strided,
     /*streamed_scratch_bytes=*/streamed_scratch_bytes,
     /*run_streamed=*/run_streamed,
+    /*gather_strided_pixels=*/gather_strided_pixels,
+    /*add_strided_pixels=*/add_strided_pixels,
 };
 
 }  // namespace RF_ISA

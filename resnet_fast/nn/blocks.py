@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -66,7 +65,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor, pool: nn.AdaptiveAvgPool2d | None = None) -> Tensor:
         """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), pooled where a pool is given."""
         links = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-        return fused.chain(x, links, partial(project, self.downsample), lean=self.memory == "lean", pool=pool)
+        return residual(x, links, self.downsample, self.memory == "lean", pool)
 
 
 class Bottleneck(nn.Module):
@@ -112,7 +111,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, pool: nn.AdaptiveAvgPool2d | None = None) -> Tensor:
         """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)), pooled where a pool is given."""
         links = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return fused.chain(x, links, partial(project, self.downsample), lean=self.memory == "lean", pool=pool)
+        return residual(x, links, self.downsample, self.memory == "lean", pool)
 
 
 def pooled(x: Tensor, stage: nn.Sequential, pool: nn.Module) -> Tensor:
@@ -131,11 +130,13 @@ def pooled(x: Tensor, stage: nn.Sequential, pool: nn.Module) -> Tensor:
     return last(x, pool)
 
 
-def project(downsample: nn.Module | None, x: Tensor) -> Tensor:
-    """A block's shortcut: x itself, or its projection, fused where it is a convolution and a norm."""
+def residual(
+    x: Tensor, links: fused.Links, downsample: nn.Module | None, lean: bool, pool: nn.AdaptiveAvgPool2d | None
+) -> Tensor:
+    """A block's forward: fused with its shortcut where that is x itself or a convolution and a norm of it."""
     if downsample is None:
-        return x
+        return fused.block(x, links, None, lean, pool)
     if type(downsample) is nn.Sequential and len(downsample) == 2 and isinstance(downsample[1], nn.BatchNorm2d):
         if fused.why_not_plain(downsample, nn.Sequential) is None:
-            return fused.conv_bn_act(x, downsample[0], downsample[1], act=None)
-    return downsample(x)
+            return fused.block(x, links, (downsample[0], downsample[1]), lean, pool)
+    return fused.chain(x, links, downsample, lean=lean, pool=pool)

@@ -17,6 +17,7 @@ from torch.nn.modules import module as global_hooks
 from resnet_fast import backends, functional
 from resnet_fast.ops.conv2d.op import with_input
 from resnet_fast.ops.recomputed_conv_bn_act.op import Norm, Pool
+from resnet_fast.ops.residual_block.op import Link
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -105,6 +106,51 @@ def chain(
         norm = (mean, var, bn.weight, bn.bias)
         return functional.bn_act_global_avg_pool2d(z, *norm, residual, training, momentum, bn.eps, _group(bn))
     return bn_act(z, bn, residual, act)
+
+
+def block(
+    x: Tensor,
+    links: Links,
+    projection: tuple[nn.Conv2d, nn.BatchNorm2d] | None = None,
+    lean: bool = False,
+    pool: nn.AdaptiveAvgPool2d | None = None,
+) -> Tensor:
+    """A residual block: relu(main path + shortcut), the shortcut x itself or its projection; pooled where a pool is given.
+
+    In training on a CPU one operator; else, and with whatever that does not take, a `chain` of them.
+    """
+    path = links if projection is None else [*links, projection]
+    if not lean and pool is None and _is_whole(x, path) and (projection is not None or not _is_cast(x)):
+        whole = [
+            Link(conv.weight, _norm(bn), conv.stride, conv.padding, conv.dilation, conv.groups) for conv, bn in path
+        ]
+        last = None if projection is None else whole.pop()
+        return functional.residual_block(x, whole, last)
+    if projection is None:
+        return chain(x, links, x, lean=lean, pool=pool)
+    return chain(x, links, lambda x: conv_bn_act(x, *projection, act=None), lean=lean, pool=pool)
+
+
+def _is_whole(x: Tensor, path: Links) -> bool:
+    """Whether `functional.residual_block` takes these, and is the better way.
+
+    Rooms of other backends have kernels across the links of a chain instead; torch.compile keeps to the chain too.
+    """
+    if isinstance(x, Proxy) or x.device.type != "cpu" or x.dim() != 4 or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or backends.forced() not in (None, "cpu", "eager"):
+        return False
+    for conv, bn in path:
+        if why_not_fused(conv, bn) is not None or isinstance(conv.padding, str) or conv.bias is not None:
+            return False
+        if not bn.training or not bn.eps > 0 or _group(bn) is not None:
+            return False
+    return len(path) > 1
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast gives convolutions another x than the one it is: the shortcut keeps its dtype, and the output's."""
+    return torch.is_autocast_enabled("cpu") and x.dtype not in (torch.get_autocast_dtype("cpu"), torch.float64)
 
 
 def _inner(x: Tensor, links: Links, shortcut: Shortcut = None) -> tuple[Tensor, nn.BatchNorm2d, Tensor | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,18 +65,24 @@ class Chain:
     out: Ref
     #: whether the last convolution's output may be computed again in backward instead of kept
     lean: bool = False
+    #: what made the last link's residual of the chain's own input, where nothing else reads it
+    projection: ConvBNAct | None = None
 
     def run(self, root: nn.Module, values: list[Any]) -> Tensor:
         """Run on the module's own parameters."""
-        last = self.links[-1]
-        residual = None if last.residual is None else values[last.residual]
+        x, last = values[self.links[0].x], self.links[-1]
         pairs = [(resolve(root, link.conv), resolve(root, link.bn)) for link in self.links]
-        return fused.chain(values[self.links[0].x], pairs, residual, last.act, self.lean)
+        if self.projection is not None:
+            projection = resolve(root, self.projection.conv), resolve(root, self.projection.bn)
+            return fused.block(x, pairs, projection, self.lean)
+        if last.residual == self.links[0].x and last.act == "relu":
+            return fused.block(x, pairs, None, self.lean)
+        return fused.chain(x, pairs, None if last.residual is None else values[last.residual], last.act, self.lean)
 
     def reads(self) -> list[Ref]:
         """The values this step uses."""
         last = self.links[-1].residual
-        return [self.links[0].x] if last is None else [self.links[0].x, last]
+        return [self.links[0].x] if last is None or self.projection is not None else [self.links[0].x, last]
 
 
 @dataclass
@@ -210,7 +216,38 @@ def chained(steps: list[Step], output: Any) -> list[Step]:
         place[i] = Chain(links, step.out) if len(links) > 1 else step
         if step.act == "relu" and step.residual is None and readers[step.out] == 1:
             joined[step.out] = links
-    return scaled([step for step in place if step is not None], output)
+    return scaled(projected([step for step in place if step is not None], readers), output)
+
+
+def projected(steps: list[Step], readers: Counter[Ref]) -> list[Step]:
+    """Join a chain with the convolution and norm of its own input that is its shortcut, in whichever order they are added."""
+    made = {step.out: step for step in steps if readers[step.out] == 1}
+    place: list[Step | None] = list(steps)
+
+    def join(i: int, main: Chain, projection: ConvBNAct, out: Ref) -> None:
+        last = replace(main.links[-1], act="relu", residual=projection.out, out=out)
+        place[i] = Chain([*main.links[:-1], last], out, main.lean, replace(projection, act=None, residual=None))
+
+    for i, step in enumerate(steps):
+        ends = step.links[-1] if isinstance(step, Chain) else step
+        if not isinstance(ends, ConvBNAct) or ends.act != "relu" or ends.residual not in made:
+            continue
+        other = made[ends.residual]
+        if isinstance(step, Chain) and _is_projection(other, step.links[0].x):
+            join(i, step, other, step.out)
+        elif isinstance(other, Chain) and _is_projection(replace(ends, act=None, residual=None), other.links[0].x):
+            if other.links[-1].act is not None or other.links[-1].residual is not None:
+                continue
+            join(i, other, ends, step.out)
+        else:
+            continue
+        place[steps.index(other)] = None
+    return [step for step in place if step is not None]
+
+
+def _is_projection(step: Step, x: Ref) -> bool:
+    made = isinstance(step, ConvBNAct) and step.conv is not None
+    return made and step.act is None and step.residual is None and step.x == x
 
 
 def scaled(steps: list[Step], output: Any) -> list[Step]:
@@ -241,7 +278,11 @@ _PRODUCTS = {("call_function", operator.mul), ("call_function", torch.mul), ("ca
 
 def fused_count(steps: list[Step]) -> int:
     """How many of a program's steps run fused, every link of a chain counted."""
-    counts = {Chain: lambda s: len(s.links), Stem: lambda s: len(s.links) + 1, Call: lambda s: 0}
+    counts = {
+        Chain: lambda s: len(s.links) + (s.projection is not None),
+        Stem: lambda s: len(s.links) + 1,
+        Call: lambda s: 0,
+    }
     return sum(counts.get(type(step), lambda s: 1)(step) for step in steps)
 
 

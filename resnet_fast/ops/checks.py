@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, distributed
 
@@ -114,6 +116,33 @@ def update_running(
         running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
     if running_var is not None:
         running_var.mul_(1 - momentum).add_(var.to(running_var.dtype), alpha=momentum * (n / (n - 1)))
+
+
+@torch.no_grad()
+def update_running_each(
+    norms: Sequence[tuple], statistics: Tensor, shapes: Sequence[torch.Size | tuple[int, ...]]
+) -> None:
+    """`update_running` of several norms whose means and biased variances lie one after the other in one tensor.
+
+    Args:
+        norms: (running_mean, running_var, weight, bias, training, momentum, ...) each.
+        shapes: of the normalised tensors.
+    """
+    counts, channels = [n * h * w for n, _, h, w in shapes], [shape[1] for shape in shapes]
+    tracked = [t for norm in norms for t in norm[:2] if t is not None]
+    if not tracked or 0 in counts:
+        return
+    if len(tracked) == 2 * len(norms) and _native.why_not() is None and _plain_floats(*tracked, statistics):
+        at, places = statistics.data_ptr(), []
+        for (mean, var, *_), k in zip(norms, channels):
+            places.append((mean.data_ptr(), var.data_ptr(), at, at + 4 * k))
+            at += 8 * k
+        _native.module().bn_update_running_each(places, counts, channels, [norm[5] for norm in norms])
+        torch.autograd.graph.increment_version(tracked)
+        return
+    found = iter(statistics.split([k for k in channels for _ in range(2)]))
+    for norm, shape in zip(norms, shapes):
+        update_running(*norm[:2], next(found), next(found), norm[5], shape)
 
 
 def _plain_floats(*tensors: Tensor) -> bool:

@@ -109,7 +109,7 @@ def test_other_norms_run_unfused():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="groups=1"):
         BasicBlock(8, 8, groups=2)
-    with pytest.raises(RuntimeError, match="conv2d"):
+    with pytest.raises(RuntimeError, match="wants x of 8 channels"):
         BasicBlock(8, 8)(torch.randn(1, 4, 6, 6))
 
 

@@ -1,0 +1,1 @@
+"""residual_block: a block of convolutions, norms and a shortcut in training, as one operator."""

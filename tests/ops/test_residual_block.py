@@ -1,0 +1,269 @@
+"""residual_block: the values, gradients and statistics of the block it is, in every room, and what it keeps."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from resnet_fast import backends, exact, functional, use_backend
+from resnet_fast.ops.recomputed_conv_bn_act.op import Norm
+from resnet_fast.ops.residual_block.op import Link
+from resnet_fast.testing import check
+
+BACKENDS = ("auto", "cpu", "eager")
+
+#: x's shape; for every link filters, size, stride, padding, dilation, groups; for the projection filters, size, stride.
+CASES = {
+    "identity of three": ((3, 20, 7, 6), [(5, 1, 1, 0, 1, 1), (6, 3, 1, 1, 1, 1), (20, 1, 1, 0, 1, 1)], None),
+    "identity of two": ((2, 17, 9, 8), [(12, 3, 1, 1, 1, 1), (17, 3, 1, 1, 1, 1)], None),
+    "one link": ((2, 16, 6, 7), [(16, 3, 1, 1, 1, 1)], None),
+    "projection": ((2, 16, 7, 9), [(8, 1, 1, 0, 1, 1), (8, 3, 1, 1, 1, 1), (24, 1, 1, 0, 1, 1)], (24, 1, 1)),
+    "strided projection": ((3, 16, 9, 7), [(8, 1, 1, 0, 1, 1), (8, 3, 2, 1, 1, 1), (21, 1, 1, 0, 1, 1)], (21, 1, 2)),
+    "strided first link": ((2, 19, 8, 9), [(24, 3, 2, 1, 1, 1), (24, 3, 1, 1, 1, 1)], (24, 1, 2)),
+    "projection of 3x3": ((2, 16, 8, 6), [(16, 1, 2, 0, 1, 1), (20, 1, 1, 0, 1, 1)], (20, 3, 2)),
+    "stride that leaves pixels": ((2, 16, 9, 9), [(16, 1, 3, 0, 1, 1), (20, 3, 1, 1, 1, 1)], (20, 1, 3)),
+    "dilated": ((2, 16, 11, 9), [(8, 1, 1, 0, 1, 1), (8, 3, 1, 2, 2, 1), (16, 1, 1, 0, 1, 1)], None),
+    "groups": ((2, 32, 7, 7), [(32, 1, 1, 0, 1, 1), (32, 3, 1, 1, 1, 2), (32, 1, 1, 0, 1, 1)], None),
+    "narrow groups": ((2, 16, 7, 7), [(16, 1, 1, 0, 1, 1), (16, 3, 1, 1, 1, 4), (16, 1, 1, 0, 1, 1)], None),
+}
+
+
+def inputs(case, dtype=torch.float32):
+    (n, c, h, w), links, projection = CASES[case]
+    made, channels = {"x": torch.randn(n, c, h, w).to(dtype)}, c
+    path = [(str(i), *link) for i, link in enumerate(links)]
+    path += [] if projection is None else [("p", *projection, 0, 1, 1)]
+    for name, k, size, _, _, _, groups in path:
+        of = c if name == "p" else channels
+        made[f"w{name}"] = (torch.randn(k, of // groups, size, size) / (of // groups * size * size) ** 0.5).to(dtype)
+        made[f"gamma{name}"] = (torch.rand(k) + 0.5).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        made[f"beta{name}"] = torch.randn_like(made[f"gamma{name}"])
+        channels = k
+    return made
+
+
+def windows(case):
+    _, links, projection = CASES[case]
+    named = {str(i): link[2:] for i, link in enumerate(links)}
+    return named if projection is None else named | {"p": (projection[2], projection[1] // 2, 1, 1)}
+
+
+def ours(case, x, running=None, **given):
+    made = {}
+    for name, (stride, padding, dilation, groups) in windows(case).items():
+        statistics = (None, None) if running is None else running[name]
+        bn = Norm(*statistics, given.get(f"gamma{name}"), given.get(f"beta{name}"), True, 0.3, 1e-5)
+        made[name] = Link(given[f"w{name}"], bn, stride, padding, dilation, groups)
+    projection = made.pop("p", None)
+    return functional.residual_block(x, list(made.values()), projection)
+
+
+def plain(case, x, running=None, **given):
+    def link(h, name):
+        stride, padding, dilation, groups = windows(case)[name]
+        z = F.conv2d(h, given[f"w{name}"].to(h.dtype), None, stride, padding, dilation, groups)
+        statistics = (None, None) if running is None else running[name]
+        return F.batch_norm(z, *statistics, given.get(f"gamma{name}"), given.get(f"beta{name}"), True, 0.3, 1e-5)
+
+    h, last = x, str(len(CASES[case][1]) - 1)
+    for name in windows(case):
+        if name not in (last, "p"):
+            h = torch.relu(link(h, name))
+    return torch.relu(link(h, last) + (link(x, "p") if CASES[case][2] else x))
+
+
+def statistics(case):
+    return {name: (torch.randn(k := inputs(case)[f"w{name}"].shape[0]), torch.rand(k) + 0.5) for name in windows(case)}
+
+
+@pytest.mark.parametrize("backend", ("auto", "eager"))
+@pytest.mark.parametrize("case", CASES)
+def test_float64_is_the_plain_composition(case, backend):
+    def make():
+        return inputs(case, torch.float64)
+
+    with use_backend(backend):
+        check.compare(partial(ours, case), partial(plain, case), make, list(make()))
+
+
+def kept_away(case, given):
+    """The same input with betas that keep every ReLU's argument away from its kink, half of the channels passing."""
+    for name in windows(case):
+        sign = torch.where(torch.arange(given[f"beta{name}"].numel()) % 2 == 0, 1.0, -1.0)
+        given[f"beta{name}"] = sign * (given[f"beta{name}"].abs() + 12)
+        given[f"gamma{name}"] = given[f"gamma{name}"] * 0.5
+    return given
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_float32_by_the_law(case, backend):
+    def make():
+        return kept_away(case, inputs(case))
+
+    with exact(), use_backend(backend):
+        with backends.record() as ran:
+            refused = _refused(partial(ours, case), make())
+        if refused is not None:
+            assert case == "narrow groups" and "groups of fewer than 16" in refused
+            return
+        whole = ("residual_block", "bwd", "cpu") in ran
+        assert whole == (backend != "eager" and case != "narrow groups")
+        check.compare(partial(ours, case), partial(plain, case), make, list(make()))
+
+
+def _refused(function, given):
+    """The sentence of a room that was asked for by name and cannot, None where it can."""
+    given = {k: t.requires_grad_() for k, t in given.items()}
+    try:
+        function(**given).sum().backward()
+    except RuntimeError as error:
+        assert str(error).startswith("resnet_fast: backend")
+        return str(error)
+
+
+@pytest.mark.parametrize("case", ["identity of three", "strided projection", "strided first link", "projection"])
+def test_autocast_by_the_law(case):
+    """bfloat16 between float32 filters and vectors, as torch's autocast."""
+
+    def make():
+        given = kept_away(case, inputs(case))
+        return given | {"x": given["x"].bfloat16()}
+
+    def under(function, **given):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=given["x"].dtype != torch.float64):
+            return function(case, **given)
+
+    check.compare(partial(under, ours), partial(under, plain), make, list(make()))
+
+
+@pytest.mark.parametrize("case", ["identity of three", "projection", "strided first link"])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_subsets_of_gradients(case, backend):
+    """Whatever is asked for is what all together give."""
+    given = inputs(case)
+    names = list(given)
+    subsets = [[name] for name in names] + [names[1:4], names[-3:], names[::2], ["x", names[-1]]]
+
+    def gradients(wanted):
+        fresh = {k: v.clone().requires_grad_(k in wanted) for k, v in given.items()}
+        return torch.autograd.grad(ours(case, **fresh).square().sum(), [fresh[k] for k in wanted])
+
+    with use_backend(backend):
+        whole = dict(zip(names, gradients(names)))
+        for wanted in subsets:
+            for name, grad in zip(wanted, gradients(wanted)):
+                assert torch.equal(grad, whole[name]), (wanted, name)
+
+
+@pytest.mark.parametrize("case", ["identity of two", "strided projection"])
+def test_running_statistics_move(case):
+    given, moved = inputs(case), statistics(case)
+    wanted = {name: tuple(t.clone() for t in pair) for name, pair in moved.items()}
+    versions = {name: [t._version for t in pair] for name, pair in moved.items()}
+    with use_backend("cpu"):
+        y = ours(case, running=moved, **given)
+    torch.testing.assert_close(y, plain(case, running=wanted, **given))
+    for name, pair in moved.items():
+        for got, want, version in zip(pair, wanted[name], versions[name]):
+            torch.testing.assert_close(got, want)
+            assert got._version > version
+
+
+def test_bits_do_not_depend_on_threads(threads):
+    case = "strided projection"
+    given = inputs(case)
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        fresh = {k: v.clone().requires_grad_() for k, v in given.items()}
+        y = ours(case, **fresh)
+        y.square().sum().backward()
+        found.append([y, *(t.grad for t in fresh.values())])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", ["identity of three", "strided projection", "identity of two"])
+def test_what_is_not_finite_goes_where_torch_sends_it(case, value):
+    given = inputs(case)
+    given["x"][1, 2, 3, 4] = value
+    got, want = ours(case, **given), plain(case, **given)
+    assert torch.equal(got.isnan(), want.isnan()) and got.isnan().any()
+    given = inputs(case)
+    fresh = [{k: v.clone().requires_grad_() for k, v in given.items()} for _ in range(2)]
+    results = [ours(case, **fresh[0]), plain(case, **fresh[1])]
+    dy = torch.randn_like(results[0])
+    dy[0, 0, 0, 0] = value
+    for y in results:
+        y.backward(dy)
+    for name in given:
+        assert torch.equal(fresh[0][name].grad.isfinite(), fresh[1][name].grad.isfinite()), name
+
+
+def test_gradcheck_twice():
+    CASES["tiny"] = ((2, 2, 3, 3), [(2, 1, 1, 0, 1, 1), (3, 3, 2, 1, 1, 1)], (3, 1, 2))
+    try:
+        given = {k: v.requires_grad_() for k, v in kept_away("tiny", inputs("tiny", torch.float64)).items()}
+
+        def function(*tensors):
+            return ours("tiny", **dict(zip(given, tensors)))
+
+        assert torch.autograd.gradcheck(function, tuple(given.values()))
+        assert torch.autograd.gradgradcheck(function, tuple(given.values()))
+    finally:
+        del CASES["tiny"]
+
+
+@pytest.mark.parametrize("case", ["identity of three", "strided projection"])
+def test_keeps_the_outputs_of_convolutions_only(case):
+    given = {k: v.requires_grad_() for k, v in inputs(case).items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = ours(case, **given)
+    maps = [t for t in kept if t.dim() == 4 and t.numel() and all(t is not v for v in given.values())]
+    links = len(windows(case))
+    assert len(maps) == links + 1 and any(t.data_ptr() == y.data_ptr() for t in maps)
+
+
+def test_opcheck():
+    given = inputs("strided projection")
+    tensors = [given[k].requires_grad_() for k in given if k != "x"]
+    sizes = [s for w in windows("strided projection").values() for s in (w[0], w[0], w[1], w[1], w[2], w[2], w[3])]
+    op = torch.ops.resnet_fast.residual_block.default
+    x = given["x"].contiguous(memory_format=torch.channels_last).requires_grad_()
+    torch.library.opcheck(op, (x, *tensors, [1e-5] * 4, sizes))
+
+
+def test_affine_free_norms_and_layouts():
+    case = "projection"
+    given = {k: v for k, v in inputs(case).items() if not k.startswith(("gamma", "beta"))}
+    want = plain(case, **given)
+    for x in (given["x"], given["x"].contiguous(memory_format=torch.channels_last), given["x"].mT.contiguous().mT):
+        torch.testing.assert_close(ours(case, **(given | {"x": x})), want)
+
+
+def test_bad_input():
+    given = inputs("identity of two")
+    with pytest.raises(RuntimeError, match=r"residual_block.*17"):
+        ours("identity of two", **(given | {"x": torch.randn(2, 16, 9, 8)}))
+    with pytest.raises(RuntimeError, match="shortcut of the output's shape"):
+        ours("identity of two", **(given | {"w1": torch.randn(18, 12, 3, 3), "gamma1": None, "beta1": None}))
+    with pytest.raises(RuntimeError, match="one dtype"):
+        ours("identity of two", **(given | {"x": given["x"].bfloat16()}))
+    with pytest.raises(RuntimeError, match="one value per channel"):
+        ours("identity of two", **(given | {"gamma1": torch.ones(3)}))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ours("one link", **(inputs("one link") | {"x": torch.randn(1, 16, 1, 1)}))
+    bn = Norm(torch.zeros(17), torch.ones(17), None, None, False, 0.1, 1e-5)
+    with pytest.raises(ValueError, match="training=False"):
+        functional.residual_block(given["x"], [Link(given["w0"], bn)])
+    with pytest.raises(ValueError, match="one to three links, got 0"):
+        functional.residual_block(given["x"], [])
+    with pytest.raises(ValueError, match="numbers"):
+        functional.residual_block(given["x"], [Link(given["w0"], bn._replace(training=True), padding="same")])
