@@ -31,6 +31,7 @@ struct BnActArgs {
   bool relu;
   int threads;
   BnVectors residual_norm = {};  // of the residual, before it is added (a block's projection)
+  float* moments = nullptr;      // x's partial sums, bn_moments_size() floats, where a convolution took them
 };
 
 // With g = dy where the ReLU passed, else 0:

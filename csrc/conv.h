@@ -25,6 +25,11 @@ struct ConvConfig {
   int split_cols = 0;  // 0: threads share rows, 1: threads share output channels
 };
 
+// A norm with known statistics and ReLU before a convolution: x is read as relu((x - mean) * scale + beta).
+struct ConvNorm {
+  const float *mean, *scale, *beta;  // [C]
+};
+
 struct ConvArgs {
   ConvShape shape;
   ConvConfig config;
@@ -37,6 +42,9 @@ struct ConvArgs {
   const void* residual = nullptr;  // like y; null: none
   bool relu = false;
   void* scratch = nullptr;  // conv_scratch_bytes() of it, 64-byte aligned
+  // Where takes_moments and takes_norm say so, else null:
+  float* moments = nullptr;  // partial sums of y for a norm behind it, bn_moments_size(rows, K) floats
+  ConvNorm norm = {};        // before it
 };
 
 // The doors of the convolution kernels; one set per instruction set, in the Kernels table.
@@ -52,6 +60,8 @@ struct ConvKernels {
   void (*pack)(const ConvShape&, DType, int algorithm, void* packed, const float* w, const float* fold, int threads);
   size_t (*scratch_bytes)(const ConvShape&, DType, const ConvConfig&, int threads);
   void (*run)(const ConvArgs&, int rank, int size, void* barrier);  // barrier: the team's Barrier*
+  bool (*takes_moments)(const ConvShape&, const ConvConfig&);
+  bool (*takes_norm)(const ConvShape&, DType, const ConvConfig&);
   // Opens a team of `threads` and runs: for callers that have no team of their own.
   void (*run_alone)(const ConvArgs&, int threads);
   // Writes up to `max` configurations worth timing, the heuristic's first; returns how many.

@@ -87,8 +87,8 @@ void conv_forward(const ConvCall& c) {
   // longer.
   const bool strided = !k.pack_strided_why_not(s, c.dtype, config.algorithm);
   const Filters& f = c.filters;
-  ConvArgs args{s,       config,     c.dtype, c.y,    c.x, nullptr, strided ? c.scale : nullptr,
-                c.shift, c.residual, c.relu,  nullptr};
+  ConvArgs args{s,       config,     c.dtype, c.y,     c.x,       nullptr, strided ? c.scale : nullptr,
+                c.shift, c.residual, c.relu,  nullptr, c.moments, c.norm};
   PackStridedArgs pack{s,          c.dtype,    config.algorithm, nullptr,    f.w,
                        f.stride_k, f.stride_c, f.stride_r,       f.stride_s, c.threads};
   if (strided) {
@@ -114,6 +114,12 @@ void conv_forward(const ConvCall& c) {
   args.packed = work.at(0);
   args.scratch = work.at(packed);
   k.conv->run_alone(args, c.threads);
+}
+
+ConvTakes conv_takes(const ConvShape& s, DType t, bool exact, int threads) {
+  const ConvKernels& conv = *kernels().conv;
+  const ConvConfig config = conv.heuristic(s, t, threads, exact);
+  return {conv.takes_moments(s, config), conv.takes_norm(s, t, config)};
 }
 
 // At stride 1 a convolution of dy by the filters with K and C exchanged and their taps reversed.

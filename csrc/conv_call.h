@@ -25,8 +25,16 @@ struct ConvCall {
   bool relu;
   bool exact;  // no Winograd
   int threads;
+  float* moments = nullptr;  // partial sums of y for the norm behind it, where conv_takes says so
+  ConvNorm norm = {};        // a norm and ReLU before it, where conv_takes says so
 };
 void conv_forward(const ConvCall&);
+
+// What of the norms around it the algorithm of a convolution takes over.
+struct ConvTakes {
+  bool moments, norm;
+};
+ConvTakes conv_takes(const ConvShape&, DType, bool exact, int threads);
 
 // dx of the convolution of `shape` (of the forward pass), by its filters.
 struct DataGradientCall {

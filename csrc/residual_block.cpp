@@ -48,25 +48,37 @@ class Block {
   explicit Block(const ResidualBlock& block) : b_(block), k_(kernels()), last_(int(block.links.size()) - 1) {}
 
   void forward() const {
-    size_t most = 0;
-    for (int i = 0; i < last_; ++i) most = std::max(most, output_bytes(b_.links[i], b_.dtype));
-    const Buffer activation(most);
-    const void* in = b_.x;
+    size_t most = 0, sums = 0, constants = 0;
     for (int i = 0; i <= last_; ++i) {
-      convolve(b_.links[i], in);
-      if (i < last_) normalise(b_.links[i], activation.get(), true);
-      in = activation.get();
+      if (i < last_) most = std::max(most, output_bytes(b_.links[i], b_.dtype));
+      sums = std::max(sums, moments_bytes(b_.links[i]));
+      constants = std::max(constants, 2 * sizeof(float) * size_t(b_.links[i].shape.K));
     }
-    BnActArgs end = norm(b_.links[last_], b_.y, true);
+    if (projects()) sums = std::max(sums, moments_bytes(b_.projection[0]));
+    const Buffer activation(most), moments(sums), vectors(constants);
+    Before before = {b_.x, {}};
+    for (int i = 0; i < last_; ++i) {
+      const BlockLink &link = b_.links[i], &next = b_.links[i + 1];
+      float* taken = convolve(link, before, moments.get());
+      const bool whole = takes(next).norm;  // the next convolution normalises what it reads
+      BnActArgs args = norm(link, whole ? nullptr : activation.get(), true);
+      args.moments = taken;
+      before = whole ? start_norm(args, vectors.get()) : Before{activation.get(), {}};
+      k_.bn_act_forward(args);
+      if (whole) finish_norm(link, vectors.get());
+    }
+    const BlockLink& last = b_.links[last_];
+    BnActArgs end = norm(last, b_.y, true);
     end.residual = b_.x;
-    if (b_.projection.empty()) return k_.bn_act_forward(end);
-    const BlockLink& p = b_.projection[0];
-    convolve(p, b_.x);
-    BnActArgs statistics = norm(p, nullptr, true);
-    statistics.relu = false;
-    k_.bn_act_forward(statistics);
-    end.residual = p.z;
-    end.residual_norm = {p.mean, p.var, p.gamma, p.beta, p.eps};
+    if (projects()) {
+      const BlockLink& p = b_.projection[0];
+      BnActArgs statistics = norm(p, nullptr, true);
+      statistics.moments = convolve(p, {b_.x, {}}, moments.get());
+      k_.bn_act_forward(statistics);
+      end.residual = p.z;
+      end.residual_norm = {p.mean, p.var, p.gamma, p.beta, p.eps};
+    }
+    end.moments = convolve(last, before, moments.get());
     k_.bn_act_forward(end);
   }
 
@@ -74,7 +86,7 @@ class Block {
     size_t outputs = 0, inputs = 0;
     for (const BlockLink& link : b_.links) outputs = std::max(outputs, output_bytes(link, b_.dtype));
     for (int i = 1; i <= last_; ++i) inputs = std::max(inputs, input_bytes(b_.links[i].shape, b_.dtype));
-    const bool projects = !b_.projection.empty(), shortcut = projects ? wants(b_.projection[0]) || dx : dx != nullptr;
+    const bool shortcut = projects() ? wants(b_.projection[0]) || dx : dx != nullptr;
     const Buffer g(shortcut ? output_bytes(b_.links[last_], b_.dtype) : 0), dz(outputs), gradient(inputs);
     bool finite = true;
     BnActBackwardArgs end = norm_backward(b_.links[last_], dy, dz.get(), true);
@@ -93,7 +105,7 @@ class Block {
     }
     const BlockLink& first = b_.links[0];
     if (first.dw) finite &= weight_gradient(first, first.shape, dz.get(), b_.x);
-    if (projects) {
+    if (projects()) {
       finite &= projection_backward(g.get(), dz.get(), dx);
     } else if (dx) {
       if (is_convolution_of_dy(first.shape)) {
@@ -107,9 +119,38 @@ class Block {
   }
 
  private:
-  void convolve(const BlockLink& link, const void* in) const {
-    conv_forward(
-        {link.shape, b_.dtype, link.z, in, link.filters, nullptr, nullptr, nullptr, false, b_.exact, b_.threads});
+  // What a convolution reads: a tensor, or z of the link before and its norm.
+  struct Before {
+    const void* x;
+    ConvNorm norm;
+  };
+
+  bool projects() const { return !b_.projection.empty(); }
+  ConvTakes takes(const BlockLink& link) const { return conv_takes(link.shape, b_.dtype, b_.exact, b_.threads); }
+  size_t moments_bytes(const BlockLink& link) const {
+    return takes(link).moments ? sizeof(float) * k_.bn_moments_size(rows_of(link), link.shape.K) : 0;
+  }
+
+  // z of a link; its moments at `moments` where the convolution takes them, else null.
+  float* convolve(const BlockLink& link, const Before& before, void* moments) const {
+    float* taken = takes(link).moments ? static_cast<float*>(moments) : nullptr;
+    conv_forward({link.shape, b_.dtype, link.z, before.x, link.filters, nullptr, nullptr, nullptr, false, b_.exact,
+                  b_.threads, taken, before.norm});
+    return taken;
+  }
+
+  // A norm the next convolution applies: its statistics now, its constants at `vectors` (K scales, K betas).
+  Before start_norm(BnActArgs& args, void* vectors) const {
+    float* scale = static_cast<float*>(vectors);
+    args.rstd = scale;
+    return {args.x, {args.mean, scale, scale + args.channels}};
+  }
+  static void finish_norm(const BlockLink& link, void* vectors) {
+    float *scale = static_cast<float*>(vectors), *beta = scale + link.shape.K;
+    for (int64_t c = 0; c < link.shape.K; ++c) {
+      if (link.gamma) scale[c] = link.gamma[c] * scale[c];
+      beta[c] = link.beta ? link.beta[c] : 0.f;
+    }
   }
   BnActArgs norm(const BlockLink& link, void* y, bool training) const {
     return {b_.dtype,   y,         link.mean,     link.var,     nullptr,  link.z,   nullptr,

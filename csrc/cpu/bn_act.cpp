@@ -1,64 +1,10 @@
 // bn_act forward on the CPU: batch statistics, then y = relu((x - mean) * scale + beta + residual).
 // Bytes: statistics read x once; apply reads x (and residual) once and writes y once. 3 flops an element each.
 // One parallel region; apply walks backwards, so what the statistics left in the caches is read from there.
-// The variance is summed around the mean of a chunk's first rows and chunks are merged in float64 (Chan):
-// E[x^2] - E[x]^2 loses everything at mean/std = 1e4, and a true second pass would read x once more.
-#include "bn_act.h"
+#include "moments.h"
 
 namespace rf {
 namespace RF_ISA {
-
-// One chunk's sums, [channels] each: the pivot, sum(x - pivot), sum((x - pivot)^2).
-struct Moments {
-  float *pivot, *sum, *square;
-};
-
-static Moments moments_of(float* partials, const Grid& grid, int64_t chunk) {
-  float* at = partials + chunk * 3 * grid.padded;
-  return {at, at + grid.padded, at + 2 * grid.padded};
-}
-
-template <int rows, class T, class Lanes>
-RF_INLINE void add_rows(const T* x, int64_t stride, const Moments& m, int64_t c, Lanes lanes) {
-  const Vec pivot = load(m.pivot + c);
-  Vec sum = zero(), square = zero();
-  RF_UNROLL for (int i = 0; i < rows; ++i) {
-    const Vec d = load(x + i * stride + c, lanes) - pivot;
-    sum = sum + d;
-    square = fma(d, d, square);
-  }
-  store(m.sum + c, load(m.sum + c) + sum);
-  store(m.square + c, load(m.square + c) + square);
-}
-
-// The mean of the first `rows` rows, a power of two, added as a tree: exact where they are equal, so that a
-// constant channel has variance 0 however large it is.
-template <int rows, class T, class Lanes>
-RF_INLINE Vec mean_of(const T* x, int64_t stride, Lanes lanes) {
-  if constexpr (rows == 1)
-    return load(x, lanes);
-  else
-    return (mean_of<rows / 2>(x, stride, lanes) + mean_of<rows / 2>(x + rows / 2 * stride, stride, lanes)) *
-           broadcast(0.5f);
-}
-
-template <class T>
-static void chunk_moments(const T* x, int64_t stride, const Tile& t, const Moments& m) {
-  const int64_t size = t.row_end - t.row_begin;
-  const T* row = x + t.row_begin * stride;
-  for_columns(t.col_begin, t.col_end, [&](int64_t c, auto lanes) {
-    // Eight rows, not one: an outlier in the pivot costs digits of the variance, shared by eight it costs few.
-    store(m.pivot + c, size >= 8   ? mean_of<8>(row + c, stride, lanes)
-                       : size >= 4 ? mean_of<4>(row + c, stride, lanes)
-                                   : mean_of<1>(row + c, stride, lanes));
-    store(m.sum + c, zero());
-    store(m.square + c, zero());
-  });
-  for_groups(t, size_t(stride) * sizeof(T), [&](int64_t at, auto rows) {
-    for_columns(t.col_begin, t.col_end,
-                [&](int64_t c, auto lanes) { add_rows<rows.value>(x + at * stride, stride, m, c, lanes); });
-  });
-}
 
 // Merges the chunks of kMergeBlock channels in order: two passes over the partials, in float64.
 static void merge_moments(float* partials, const Grid& grid, int64_t c, double* mean, double* var) {
@@ -152,8 +98,10 @@ static void start_residual(const BnVectors& norm, const Affine& k, Range channel
 
 template <class T>
 static void forward(const BnActArgs& a, const Grid& grid) {
-  float* partials = scratch(size_t((a.training ? 3 * grid.chunks + 6 : 6) * grid.padded));
-  float* constants = partials + (a.training ? 3 * grid.chunks * grid.padded : 0);
+  const bool sums = a.training && !a.moments;  // to be taken here
+  float* own = scratch(size_t((sums ? 3 * grid.chunks + 6 : 6) * grid.padded));
+  float* constants = own + (sums ? 3 * grid.chunks * grid.padded : 0);
+  float* partials = sums ? own : a.moments;
   const auto affine = [&](int64_t i) -> Affine {
     float* at = constants + 3 * i * grid.padded;
     return {at, at + grid.padded, at + 2 * grid.padded};
@@ -161,9 +109,12 @@ static void forward(const BnActArgs& a, const Grid& grid) {
   const Affine k = affine(0), of_residual = affine(1);
   const bool streamed = a.y && can_stream(a.y, grid, a.dtype);
   parallel(useful_threads(a.threads, grid), [&](const Team& team) {
-    if (a.training) {
+    if (sums) {
+      const T* x = static_cast<const T*>(a.x);
       for_tiles(team, grid, false, [&](const Tile& t) {
-        chunk_moments(static_cast<const T*>(a.x), grid.channels, t, moments_of(partials, grid, t.chunk));
+        const Moments m = moments_of(partials, grid, t.chunk);
+        start_moments(x + t.row_begin * grid.channels, grid.channels, t.row_end - t.row_begin, t, m);
+        add_moments(x, grid.channels, t, m);
       });
       team.sync();
     }
@@ -176,6 +127,11 @@ static void forward(const BnActArgs& a, const Grid& grid) {
       streamed ? apply_any<T, true>(a, k, of_residual, t) : apply_any<T, false>(a, k, of_residual, t);
     });
   });
+}
+
+size_t bn_moments_size(int64_t rows, int64_t channels) {
+  const Grid grid(rows, channels);
+  return size_t(3 * grid.chunks * grid.padded);
 }
 
 void bn_act_forward(const BnActArgs& a) {

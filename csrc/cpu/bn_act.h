@@ -25,10 +25,10 @@ RF_INLINE int64_t round_up(int64_t n, int64_t grain) { return (n + grain - 1) / 
 
 // Few enough chunks that their partial sums stay in cache, few enough rows that float32 sums stay accurate: chunks'
 // errors average out, so few chunks must be short ones (256 rows in chunks of 64: gradients that cancel had twice
-// eager's error).
+// eager's error). Multiples of two of a convolution's tiles (gemm.h), which takes statistics chunk by chunk.
 inline int64_t chunk_rows(int64_t rows) {
-  const int64_t wanted = round_up((rows + 127) / 128, 8), shortest = least(64, round_up(rows / 24 + 1, 8));
-  return wanted < shortest ? shortest : least(wanted, 512);
+  const int64_t part = rows / 24 / 14 * 14, shortest = part < 14 ? 14 : least(part, 56), wanted = (rows + 127) / 128;
+  return wanted <= shortest ? shortest : least(round_up(wanted, 28), 504);
 }
 
 struct Grid {

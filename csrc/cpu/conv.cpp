@@ -25,6 +25,14 @@ static size_t scratch_bytes(const ConvShape& s, DType t, const ConvConfig& c, in
 static void run(const ConvArgs& a, int rank, int size, void* barrier) {
   kAlgorithms[a.config.algorithm]->run(a, Team{rank, size, static_cast<Barrier*>(barrier)});
 }
+static bool takes_moments(const ConvShape& s, const ConvConfig& c) {
+  const Algorithm& a = *kAlgorithms[c.algorithm];
+  return a.takes_moments && a.takes_moments(s, c);
+}
+static bool takes_norm(const ConvShape& s, DType t, const ConvConfig& c) {
+  const Algorithm& a = *kAlgorithms[c.algorithm];
+  return a.takes_norm && a.takes_norm(s, t, c);
+}
 static void run_alone(const ConvArgs& a, int threads) {
   parallel(threads, [&](const Team& team) { kAlgorithms[a.config.algorithm]->run(a, team); });
 }
@@ -123,8 +131,8 @@ static int candidates(const ConvShape& s, DType t, int threads, ConvConfig* out,
 }
 
 extern const ConvKernels kConvKernels;
-const ConvKernels kConvKernels = {algorithms, name,          tile_rows, why_not,   heuristic, packed_bytes,
-                                  pack,       scratch_bytes, run,       run_alone, candidates};
+const ConvKernels kConvKernels = {algorithms,    name, tile_rows,     why_not,    heuristic, packed_bytes, pack,
+                                  scratch_bytes, run,  takes_moments, takes_norm, run_alone, candidates};
 
 }  // namespace RF_ISA
 }  // namespace rf

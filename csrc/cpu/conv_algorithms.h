@@ -17,6 +17,8 @@ struct Algorithm {
   void (*pack)(const ConvShape&, DType, void* packed, const float* w, const float* fold, int threads);
   size_t (*scratch_bytes)(const ConvShape&, DType, const ConvConfig&, int threads);
   void (*run)(const ConvArgs&, const Team&);
+  bool (*takes_moments)(const ConvShape&, const ConvConfig&) = nullptr;  // null: never
+  bool (*takes_norm)(const ConvShape&, DType, const ConvConfig&) = nullptr;
 };
 
 extern const Algorithm kDirect, kWinograd4, kWinograd4x2, kWinograd2, kWinograd4Strided, kGrouped, kStem, kWinogradStem;

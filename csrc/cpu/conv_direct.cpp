@@ -26,7 +26,17 @@ static void run(const ConvArgs& a, const Team& team) {
   a.dtype == DType::f32 ? direct_run<float, float>(a, team) : direct_bf16(a, team);
 }
 
-const Algorithm kDirect = {"direct", 1, 1, why_not, defaults, packed_bytes, pack, scratch_bytes, run};
+// Rows that are shared, and written whole: a thread then has every channel of its chunks of rows.
+static bool takes_moments(const ConvShape& s, const ConvConfig& c) { return !c.split_cols && s.groups == 1; }
+// What is gathered once, without borders to stay zero; rounded as the norm's own pass would.
+static bool takes_norm(const ConvShape& s, DType t, const ConvConfig& c) {
+  const bool stored = t == DType::f32 || sizeof(WordOf<Bf16Word>::Element) == sizeof(bf16);
+  const int64_t chunk = t == DType::f32 ? kChunk<float> : kChunk<Bf16Word>;
+  return stored && !c.split_cols && s.groups == 1 && s.R * s.S == 1 && s.pad_h + s.pad_w == 0 && s.C % chunk == 0;
+}
+
+const Algorithm kDirect = {"direct",      1,         1, why_not, defaults, packed_bytes, pack, scratch_bytes, run,
+                           takes_moments, takes_norm};
 
 }  // namespace RF_ISA
 }  // namespace rf

@@ -5,6 +5,7 @@
 // Each output element is one chain of multiply-adds in depth order, whatever the blocks and threads.
 #pragma once
 #include "conv_algorithms.h"
+#include "moments.h"
 
 namespace rf {
 namespace RF_ISA {
@@ -152,6 +153,22 @@ void gather_chunks(const ConvShape& s, int64_t channels, const TileRead<T>& from
   }
 }
 
+// Whole chunks of channels of 1x1 filters' pixels, normalised and rectified on their way.
+template <class T, class Word>
+void gather_normalised(const ConvShape& s, const ConvNorm& norm, const TileRead<T>& from, int64_t height,
+                       typename WordOf<Word>::Element* to) {
+  const auto constant = [](const float* p, int64_t c) { return load(p + c); };
+  for (int64_t c = 0; c < s.C; c += kChunk<Word>) {
+    for (int64_t r = 0; r < height; ++r, to += kChunk<Word>) {
+      const T* pixel = from.image[r] + (from.h[r] * s.W + from.w[r]) * s.C + c;
+      for (int i = 0; i < kChunk<Word>; i += kLanes) {
+        const Vec x = load(pixel + i) - constant(norm.mean, c + i);
+        store(to + i, relu(fma(x, constant(norm.scale, c + i), constant(norm.beta, c + i))));
+      }
+    }
+  }
+}
+
 // Any number of channels: pixel by pixel, a row of the filter as one run where it is one in memory.
 template <class T, class Word>
 void gather_runs(const ConvShape& s, int64_t channels, const TileRead<T>& from, int64_t height,
@@ -186,8 +203,8 @@ void gather_runs(const ConvShape& s, int64_t channels, const TileRead<T>& from, 
 
 // Gathers rows [begin, end) of the implicit matrix for one group into packed tiles.
 template <class T, class Word>
-void direct_gather(const ConvShape& s, const DirectPlan& p, const T* x, int64_t group, int64_t begin, int64_t end,
-                   Word* block) {
+void direct_gather(const ConvShape& s, const DirectPlan& p, const T* x, const ConvNorm& norm, int64_t group,
+                   int64_t begin, int64_t end, Word* block) {
   using Element = typename WordOf<Word>::Element;
   const TileRows tiles(end - begin);
   const auto gather = p.channels % kChunk<Word> == 0 ? gather_chunks<T, Word> : gather_runs<T, Word>;
@@ -205,7 +222,14 @@ void direct_gather(const ConvShape& s, const DirectPlan& p, const T* x, int64_t 
         if (++i == s.P) i = 0, image += s.H * s.W * s.C;
       }
     }
-    gather(s, p.channels, from, height, reinterpret_cast<Element*>(block + first * p.words));
+    Element* to = reinterpret_cast<Element*>(block + first * p.words);
+    if constexpr (sizeof(Element) == sizeof(T)) {
+      if (norm.mean) {
+        gather_normalised<T, Word>(s, norm, from, height, to);
+        continue;
+      }
+    }
+    gather(s, p.channels, from, height, to);
   }
 }
 
@@ -322,7 +346,7 @@ void direct_run(const ConvArgs& a, const Team& team) {
       // A thread's share of whole tiles: TileRows of a sub-range would cut elsewhere, so gather tile by tile.
       const Range part = team.share(tiles.tiles);
       for (int64_t t = part.begin; t < part.end; ++t)
-        direct_gather<T, Word>(s, p, x, 0, begin + tiles.first(t), begin + tiles.first(t + 1),
+        direct_gather<T, Word>(s, p, x, {}, 0, begin + tiles.first(t), begin + tiles.first(t + 1),
                                block + tiles.first(t) * p.words);
       team.sync();
       Upcoming none;  // a thread touches its own columns of y only
@@ -332,16 +356,28 @@ void direct_run(const ConvArgs& a, const Team& team) {
   }
 
   Word* block = reinterpret_cast<Word*>(scratch + team.rank * odd_lines(size_t(block_rows * p.words) * sizeof(Word)));
-  const Range mine = team.share(p.rows, share_grain(p.rows, team.size));
-  const int64_t step = Blocks(mine.size(), block_rows).step;
-  for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
-    const int64_t end = smaller(begin + step, mine.end);
-    Upcoming up = direct_upcoming<T>(a, end, smaller(end + step, mine.end));
-    up.share(s.groups * p.panels * TileRows(end - begin).tiles);
-    for (int64_t group = 0; group < s.groups; ++group) {
-      direct_gather<T, Word>(s, p, x, group, begin, end, block);
-      for (int64_t from = 0; from < p.panels; from += block_panels)
-        direct_multiply<T, Word>(a, p, group, begin, end, from, smaller(from + block_panels, p.panels), block, up);
+  // With moments chunk by chunk, whose rows are added up while they are in the caches.
+  const Grid grid(p.rows, s.K);
+  const Range mine = team.share(p.rows, a.moments ? grid.step : share_grain(p.rows, team.size));
+  const int64_t piece = a.moments ? grid.step : mine.size();
+  for (int64_t from = mine.begin; from < mine.end; from += piece) {
+    const Range rows{from, smaller(from + piece, mine.end)};
+    const int64_t step = round_up(Blocks(rows.size(), block_rows).step, a.moments ? int64_t(kGroupRows) : int64_t(1));
+    for (int64_t begin = rows.begin; begin < rows.end; begin += step) {
+      const int64_t end = smaller(begin + step, rows.end);
+      Upcoming up = direct_upcoming<T>(a, end, smaller(end + step, mine.end));
+      up.share(s.groups * p.panels * TileRows(end - begin).tiles);
+      for (int64_t group = 0; group < s.groups; ++group) {
+        direct_gather<T, Word>(s, p, x, a.norm, group, begin, end, block);
+        for (int64_t first = 0; first < p.panels; first += block_panels)
+          direct_multiply<T, Word>(a, p, group, begin, end, first, smaller(first + block_panels, p.panels), block, up);
+      }
+      if (!a.moments) continue;
+      const Moments m = moments_of(a.moments, grid, from / grid.step);
+      const T* y = static_cast<const T*>(a.y);
+      const Tile done{0, begin, end, 0, s.K};
+      if (begin == rows.begin) start_moments(y + begin * s.K, s.K, rows.size(), done, m);
+      add_moments(y, s.K, done, m);
     }
   }
 }

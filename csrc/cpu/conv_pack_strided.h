@@ -13,7 +13,7 @@ const char* pack_strided_why_not(const ConvShape&, DType, int algorithm);
 
 namespace {  // each translation unit its own: nothing here is large
 
-constexpr size_t kStreamBytes = 8u << 20;  // packed filters this large will not wait in the caches anyway
+constexpr size_t kStreamedFilters = 8u << 20;  // packed filters this large will not wait in the caches anyway
 constexpr int kDepth = 16;                 // input channels of a block: a line of channels_last filters
 
 // Filters [panel * kPanel, + cols) by channels [c0, + depth) of tap (r, s) as [channel][kPanel], zeros beyond cols.
@@ -94,7 +94,7 @@ void pack_winograd(const PackStridedArgs& a, const Team& team) {
   const WinogradPlan<H, W, Word> p(a.shape, {});
   const WinogradFilter<H, W> g;
   // The points lie a power of two apart and would evict each other from one L1 set.
-  const bool streamed = p.weight_bytes() >= kStreamBytes && reinterpret_cast<uintptr_t>(a.packed) % 64 == 0;
+  const bool streamed = p.weight_bytes() >= kStreamedFilters && reinterpret_cast<uintptr_t>(a.packed) % 64 == 0;
   const Range panels = team.share(p.panels);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel)
     pack_winograd_panel<H, W, Word>(a, g, p.words, panel, static_cast<Word*>(a.packed) + panel * p.words * kPanel,

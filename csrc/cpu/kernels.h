@@ -21,6 +21,7 @@ struct Kernels {
   const ConvKernels* conv;
   NetworkRun network_run;
   void (*bn_act_forward)(const BnActArgs&);
+  size_t (*bn_moments_size)(int64_t rows, int64_t channels);  // floats
   void (*bn_act_backward)(const BnActBackwardArgs&);
   void (*bn_update_running)(const BnRunningArgs&);
   void (*bn_act_max_pool_forward)(const BnActMaxPoolArgs&);

@@ -9,6 +9,7 @@ void add_relu_backward(const AddReluBackwardArgs&);
 extern const ConvKernels kConvKernels;
 void network_run(const Program&, void* const* bases, double* ms);
 void bn_act_forward(const BnActArgs&);
+size_t bn_moments_size(int64_t rows, int64_t channels);
 void bn_act_backward(const BnActBackwardArgs&);
 void bn_update_running(const BnRunningArgs&);
 void bn_act_max_pool_forward(const BnActMaxPoolArgs&);
@@ -37,6 +38,7 @@ const Kernels kKernels = {
     /*conv=*/&kConvKernels,
     /*network_run=*/network_run,
     /*bn_act_forward=*/bn_act_forward,
+    /*bn_moments_size=*/bn_moments_size,
     /*bn_act_backward=*/bn_act_backward,
     /*bn_update_running=*/bn_update_running,
     /*bn_act_max_pool_forward=*/bn_act_max_pool_forward,
