@@ -82,39 +82,38 @@ class Block {
     k_.bn_act_forward(end);
   }
 
+  // Temporaries lie where something else will: of a block's maps only dz has memory of its own, and g or the gradient.
   bool backward(const void* dy, void* dx) const {
     size_t outputs = 0, inputs = 0;
     for (const BlockLink& link : b_.links) outputs = std::max(outputs, output_bytes(link, b_.dtype));
     for (int i = 1; i <= last_; ++i) inputs = std::max(inputs, input_bytes(b_.links[i].shape, b_.dtype));
+    const BlockLink& first = b_.links[0];
     const bool shortcut = projects() ? wants(b_.projection[0]) || dx : dx != nullptr;
-    const Buffer g(shortcut ? output_bytes(b_.links[last_], b_.dtype) : 0), dz(outputs), gradient(inputs);
+    // Of an identity g, to which the first link's data gradient is added in place; else what lies between links.
+    const bool onto = !projects() && is_convolution_of_dy(first.shape);
+    const bool between = dx && !onto && inputs <= input_bytes(first.shape, b_.dtype);
+    const size_t masked = output_bytes(b_.links[last_], b_.dtype);
+    const Buffer own_g(shortcut && !onto ? masked : 0), dz(outputs), own_gradient(between ? 0 : inputs);
+    void *const g = onto ? dx : own_g.get(), *const gradient = between ? dx : own_gradient.get();
     bool finite = true;
     BnActBackwardArgs end = norm_backward(b_.links[last_], dy, dz.get(), true);
-    end.dresidual = g.get();
+    end.dresidual = g;
     end.y = b_.y;
     k_.bn_act_backward(end);
     for (int i = last_; i > 0; --i) {
       const BlockLink &link = b_.links[i], &before = b_.links[i - 1];
       if (link.dw) {  // what it multiplies lies where its gradient will
-        normalise(before, gradient.get(), false);
-        finite &= weight_gradient(link, link.shape, dz.get(), gradient.get());
+        normalise(before, gradient, false);
+        finite &= weight_gradient(link, link.shape, dz.get(), gradient);
       }
       if (!dx && !wants_up_to(i - 1)) break;
-      data_gradient(link, link.shape, dz.get(), gradient.get(), nullptr);
-      k_.bn_act_backward(norm_backward(before, gradient.get(), dz.get(), true));
+      data_gradient(link, link.shape, dz.get(), gradient, nullptr);
+      k_.bn_act_backward(norm_backward(before, gradient, dz.get(), true));
     }
-    const BlockLink& first = b_.links[0];
     if (first.dw) finite &= weight_gradient(first, first.shape, dz.get(), b_.x);
-    if (projects()) {
-      finite &= projection_backward(g.get(), dz.get(), dx);
-    } else if (dx) {
-      if (is_convolution_of_dy(first.shape)) {
-        data_gradient(first, first.shape, dz.get(), dx, g.get());
-      } else {
-        data_gradient(first, first.shape, dz.get(), dx, nullptr);
-        add(first.shape, dx, g.get());
-      }
-    }
+    if (dx) data_gradient(first, first.shape, dz.get(), dx, onto ? g : nullptr);
+    if (projects() && shortcut) return projection_backward(g, dz.get(), dx) && finite;
+    if (dx && !onto) add(first.shape, dx, g);
     return finite;
   }
 
@@ -183,33 +182,24 @@ class Block {
     k_.add_strided_pixels({whole, b_.dtype, dx, other, b_.threads});
   }
 
-  // The gradients of the projection; dx of both paths, the main path's from its first link's dz.
-  bool projection_backward(const void* g, const void* dz, void* dx) const {
-    const BlockLink &p = b_.projection[0], &first = b_.links[0];
+  // The gradients of the projection from g; dx, which has the main path's, grows by its own. `dz` is free by now.
+  bool projection_backward(const void* g, void* dz, void* dx) const {
+    const BlockLink& p = b_.projection[0];
     bool finite = true;
-    const bool wanted = wants(p) || dx;
-    const Buffer dzp(wanted ? output_bytes(p, b_.dtype) : 0);
-    if (wanted) k_.bn_act_backward(norm_backward(p, g, dzp.get(), false));
-    const bool few = leaves_out(p.shape);
+    k_.bn_act_backward(norm_backward(p, g, dz, false));
+    const bool few = leaves_out(p.shape), in_place = !few && is_convolution_of_dy(p.shape);
     const ConvShape shape = few ? among_its_pixels(p.shape) : p.shape;
-    const Buffer among(few && (p.dw || dx) ? input_bytes(shape, b_.dtype) : 0);
+    const Buffer input((few && p.dw) || (dx && !in_place) ? input_bytes(shape, b_.dtype) : 0);
     if (p.dw) {
-      if (few) k_.gather_strided_pixels({p.shape, b_.dtype, const_cast<void*>(b_.x), among.get(), b_.threads});
-      finite = weight_gradient(p, shape, dzp.get(), few ? among.get() : b_.x);
+      if (few) k_.gather_strided_pixels({p.shape, b_.dtype, const_cast<void*>(b_.x), input.get(), b_.threads});
+      finite = weight_gradient(p, shape, dz, few ? input.get() : b_.x);
     }
     if (!dx) return finite;
-    if (few) {
-      data_gradient(p, shape, dzp.get(), among.get(), nullptr);
-      data_gradient(first, first.shape, dz, dx, nullptr);
-      k_.add_strided_pixels({p.shape, b_.dtype, dx, among.get(), b_.threads});
-    } else if (is_convolution_of_dy(first.shape)) {
-      data_gradient(p, p.shape, dzp.get(), dx, nullptr);
-      data_gradient(first, first.shape, dz, dx, dx);
+    if (in_place) {
+      data_gradient(p, p.shape, dz, dx, dx);
     } else {
-      const Buffer other(input_bytes(p.shape, b_.dtype));
-      data_gradient(p, p.shape, dzp.get(), other.get(), nullptr);
-      data_gradient(first, first.shape, dz, dx, nullptr);
-      add(p.shape, dx, other.get());
+      data_gradient(p, shape, dz, input.get(), nullptr);
+      few ? k_.add_strided_pixels({p.shape, b_.dtype, dx, input.get(), b_.threads}) : add(p.shape, dx, input.get());
     }
     return finite;
   }

@@ -120,7 +120,8 @@ def block(
     In training on a CPU one operator; else, and with whatever that does not take, a `chain` of them.
     """
     path = links if projection is None else [*links, projection]
-    if not lean and pool is None and _is_whole(x, path) and (projection is not None or not _is_cast(x)):
+    again = lean and recomputes(links[-1][0])
+    if not again and pool is None and _is_whole(x, path) and (projection is not None or not _is_cast(x)):
         whole = [
             Link(conv.weight, _norm(bn), conv.stride, conv.padding, conv.dilation, conv.groups) for conv, bn in path
         ]

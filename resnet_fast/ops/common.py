@@ -75,8 +75,9 @@ def empty_output(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device, memory_format=layout)
 
 
-#: Bytes from which the C++ rooms' outputs live in memory that is kept: malloc reuses smaller ones itself.
-POOLED = 4 << 20
+#: Bytes from which the C++ rooms' outputs live in memory that is kept: malloc reuses smaller ones itself. (With 4 MiB the
+#: maps of ResNet-50's third stage at batch 16 were malloc's and needed 28 MB more at a step's peak, beside what is kept.)
+POOLED = 1 << 20
 
 
 def cpu_output(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
