@@ -1,6 +1,6 @@
 // Partial sums of batch statistics: per chunk of rows (bn_act.h's grid) a pivot, sum(x - pivot) and sum((x - pivot)^2).
-// Around the mean of a chunk's first rows, chunks merged in float64 (Chan): E[x^2] - E[x]^2 loses everything at
-// mean/std = 1e4, and a true second pass would read x once more. Taken in a pass of their own (bn_act.cpp), or by a
+// Around something near the mean, chunks merged in float64 (Chan): E[x^2] - E[x]^2 loses everything at mean/std = 1e4,
+// and a true second pass would read x once more. Taken in a pass of their own (bn_act.cpp), or by a
 // convolution of the rows it has just written (conv_direct.h): the same sums in the same order.
 #pragma once
 #include "bn_act.h"
@@ -42,14 +42,22 @@ RF_INLINE Vec mean_of(const T* x, int64_t stride, Lanes lanes) {
            broadcast(0.5f);
 }
 
-// Begins a chunk of `size` rows at `row`, of which as many as it needs for a pivot are there.
+// Something in the middle of a chunk's first rows. An outlier costs the others' digits, an infinity makes NaN of what
+// torch has infinite: so the middle of three means.
+template <class T, class Lanes>
+RF_INLINE Vec pivot_of(const T* x, int64_t stride, int64_t size, Lanes lanes) {
+  const Vec pivot = size >= 8   ? median(mean_of<2>(x, stride, lanes), mean_of<2>(x + 2 * stride, stride, lanes),
+                                         mean_of<4>(x + 4 * stride, stride, lanes))
+                    : size >= 3 ? median(load(x, lanes), load(x + stride, lanes), load(x + 2 * stride, lanes))
+                                : load(x, lanes);
+  return finite_or_zero(pivot);
+}
+
+// Begins a chunk of `size` rows at `row`, the first eight of which are there.
 template <class T>
 void start_moments(const T* row, int64_t stride, int64_t size, const Tile& t, const Moments& m) {
   for_columns(t.col_begin, t.col_end, [&](int64_t c, auto lanes) {
-    // Eight rows, not one: an outlier in the pivot costs digits of the variance, shared by eight it costs few.
-    store(m.pivot + c, size >= 8   ? mean_of<8>(row + c, stride, lanes)
-                       : size >= 4 ? mean_of<4>(row + c, stride, lanes)
-                                   : mean_of<1>(row + c, stride, lanes));
+    store(m.pivot + c, pivot_of(row + c, stride, size, lanes));
     store(m.sum + c, zero());
     store(m.square + c, zero());
   });

@@ -77,6 +77,14 @@ RF_INLINE Vec max_nan(Vec a, Vec b) {
   const __m512 m = _mm512_max_ps(a.v, b.v);  // b where unordered
   return {_mm512_mask_mov_ps(m, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
 }
+// The one in the middle; which one, where there is a NaN, is open.
+RF_INLINE Vec median(Vec a, Vec b, Vec c) {
+  return {_mm512_max_ps(_mm512_min_ps(a.v, b.v), _mm512_min_ps(_mm512_max_ps(a.v, b.v), c.v))};
+}
+RF_INLINE Vec finite_or_zero(Vec a) {
+  const __m512 none = _mm512_sub_ps(a.v, a.v);  // 0, or NaN
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(none, none, _CMP_ORD_Q), a.v)};
+}
 // dy where !(y <= 0): torch's gradient passes at NaN.
 RF_INLINE Vec relu_mask(Vec y, Vec dy) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, _mm512_setzero_ps(), _CMP_NLE_UQ), dy.v)};
@@ -138,6 +146,13 @@ RF_INLINE Vec max_nan(Vec a, Vec b) {
   const __m256 m = _mm256_max_ps(a.v, b.v);
   return {_mm256_blendv_ps(m, a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
 }
+RF_INLINE Vec median(Vec a, Vec b, Vec c) {
+  return {_mm256_max_ps(_mm256_min_ps(a.v, b.v), _mm256_min_ps(_mm256_max_ps(a.v, b.v), c.v))};
+}
+RF_INLINE Vec finite_or_zero(Vec a) {
+  const __m256 none = _mm256_sub_ps(a.v, a.v);
+  return {_mm256_and_ps(_mm256_cmp_ps(none, none, _CMP_ORD_Q), a.v)};
+}
 RF_INLINE Vec relu_mask(Vec y, Vec dy) {
   return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_NLE_UQ), dy.v)};
 }
@@ -187,6 +202,12 @@ RF_INLINE Vec operator*(Vec a, Vec b) { RF_LANES(a.v[i] * b.v[i]); }
 RF_INLINE Vec fma(Vec a, Vec b, Vec c) { RF_LANES(a.v[i] * b.v[i] + c.v[i]); }
 RF_INLINE Vec relu(Vec a) { RF_LANES(a.v[i] <= 0.f ? 0.f : a.v[i]); }
 RF_INLINE Vec max_nan(Vec a, Vec b) { RF_LANES(a.v[i] > b.v[i] || a.v[i] != a.v[i] ? a.v[i] : b.v[i]); }
+RF_INLINE float lesser(float a, float b) { return a < b ? a : b; }
+RF_INLINE float greater(float a, float b) { return a > b ? a : b; }
+RF_INLINE Vec median(Vec a, Vec b, Vec c) {
+  RF_LANES(greater(lesser(a.v[i], b.v[i]), lesser(greater(a.v[i], b.v[i]), c.v[i])));
+}
+RF_INLINE Vec finite_or_zero(Vec a) { RF_LANES(a.v[i] - a.v[i] == 0.f ? a.v[i] : 0.f); }
 RF_INLINE Vec relu_mask(Vec y, Vec dy) { RF_LANES(y.v[i] <= 0.f ? 0.f : dy.v[i]); }
 RF_INLINE void stream_fence() {}
 struct Lanes {

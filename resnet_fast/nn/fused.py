@@ -127,9 +127,11 @@ def block(
         ]
         last = None if projection is None else whole.pop()
         return functional.residual_block(x, whole, last)
-    if projection is None:
-        return chain(x, links, x, lean=lean, pool=pool)
-    return chain(x, links, lambda x: conv_bn_act(x, *projection, act=None), lean=lean, pool=pool)
+
+    def shortcut(x: Tensor) -> Tensor:
+        return x if projection is None else conv_bn_act(x, *projection, act=None)
+
+    return chain(x, links, shortcut, lean=lean, pool=pool)
 
 
 def _is_whole(x: Tensor, path: Links) -> bool:

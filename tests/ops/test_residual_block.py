@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from resnet_fast import backends, exact, functional, use_backend
+from resnet_fast import _native, backends, exact, functional, use_backend
 from resnet_fast.ops.recomputed_conv_bn_act.op import Norm
+from resnet_fast.ops.residual_block import cpu, parts
 from resnet_fast.ops.residual_block.op import Link
 from resnet_fast.testing import check
 
-BACKENDS = ("auto", "cpu", "eager")
+native = _native.why_not()
+BACKENDS = ("auto", "cpu", "eager") if native is None else ("auto", "eager")
 
 #: x's shape; for every link filters, size, stride, padding, dilation, groups; for the projection filters, size, stride.
 CASES = {
@@ -112,7 +114,7 @@ def test_float32_by_the_law(case, backend):
             assert case == "narrow groups" and "groups of fewer than 16" in refused
             return
         whole = ("residual_block", "bwd", "cpu") in ran
-        assert whole == (backend != "eager" and case != "narrow groups")
+        assert whole == (backend != "eager" and case != "narrow groups" and native is None)
         check.compare(partial(ours, case), partial(plain, case), make, list(make()))
 
 
@@ -142,7 +144,7 @@ def test_autocast_by_the_law(case):
 
 
 @pytest.mark.parametrize("case", ["identity of three", "projection", "strided first link"])
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_subsets_of_gradients(case, backend):
     """Whatever is asked for is what all together give."""
     given = inputs(case)
@@ -165,13 +167,50 @@ def test_running_statistics_move(case):
     given, moved = inputs(case), statistics(case)
     wanted = {name: tuple(t.clone() for t in pair) for name, pair in moved.items()}
     versions = {name: [t._version for t in pair] for name, pair in moved.items()}
-    with use_backend("cpu"):
-        y = ours(case, running=moved, **given)
+    y = ours(case, running=moved, **given)
     torch.testing.assert_close(y, plain(case, running=wanted, **given))
     for name, pair in moved.items():
         for got, want, version in zip(pair, wanted[name], versions[name]):
             torch.testing.assert_close(got, want)
             assert got._version > version
+
+
+#: Many chunks of rows, the last of them ragged; rows short enough to be added in groups, and longer ones.
+WIDTHS = {"short rows": (64, 32), "long rows": (160, 96)}
+
+
+@pytest.mark.skipif(native is not None, reason=f"the compiled module is not there: {native}")
+@pytest.mark.parametrize("offset", [0.0, 3000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_statistics_inside_a_convolution_change_no_bit(width, dtype, offset):
+    """A norm's sums taken by the convolution before it, its values made by the one behind: what passes of their own give."""
+    c, k = WIDTHS[width]
+    x = (torch.randn(3, c, 29, 31) + offset).to(dtype).contiguous(memory_format=torch.channels_last)
+    tensors = []
+    for of, to, size in ((c, k, 1), (k, k, 3), (k, c, 1)):
+        tensors += [torch.randn(to, of, size, size) / (of * size * size) ** 0.5, torch.rand(to) + 0.5, torch.randn(to)]
+    given = (*tensors, None, None, None, [1e-5] * 3, [1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1])
+    with use_backend("cpu"):
+        whole, apart = cpu.fwd(x, *given), parts.forward(x, *given)
+        assert all(torch.equal(a, b) for a, b in zip(whole, apart, strict=True))
+        dy, wants = torch.randn_like(whole[0]), [True] * 10 + [False] * 3
+        whole, apart = cpu.bwd(dy, x, *whole, *given, wants), parts.backward(dy, x, *whole, *given, wants)
+        assert all(torch.equal(a, b) for a, b in zip(whole, apart, strict=True))
+
+
+@pytest.mark.parametrize("case", ["identity of three", "strided projection"])
+def test_an_empty_batch_is_eagers(case):
+    given = {k: v.requires_grad_() for k, v in inputs(case).items()}
+    moved = statistics(case)
+    before = {name: [t.clone() for t in pair] for name, pair in moved.items()}
+    empty = given | {"x": given["x"].detach()[:0].requires_grad_()}
+    y, want = ours(case, running=moved, **empty), plain(case, **empty)
+    assert y.shape == want.shape
+    got = torch.autograd.grad(y.sum(), list(empty.values()))
+    for a, b in zip(got, torch.autograd.grad(want.sum(), list(empty.values())), strict=True):
+        assert a.shape == b.shape and torch.equal(a, b)
+    assert all(torch.equal(a, b) for name, pair in moved.items() for a, b in zip(pair, before[name]))
 
 
 def test_bits_do_not_depend_on_threads(threads):
