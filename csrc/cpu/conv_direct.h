@@ -157,13 +157,12 @@ void gather_chunks(const ConvShape& s, int64_t channels, const TileRead<T>& from
 template <class T, class Word>
 void gather_normalised(const ConvShape& s, const ConvNorm& norm, const TileRead<T>& from, int64_t height,
                        typename WordOf<Word>::Element* to) {
-  const auto constant = [](const float* p, int64_t c) { return load(p + c); };
   for (int64_t c = 0; c < s.C; c += kChunk<Word>) {
     for (int64_t r = 0; r < height; ++r, to += kChunk<Word>) {
       const T* pixel = from.image[r] + (from.h[r] * s.W + from.w[r]) * s.C + c;
       for (int i = 0; i < kChunk<Word>; i += kLanes) {
-        const Vec x = load(pixel + i) - constant(norm.mean, c + i);
-        store(to + i, relu(fma(x, constant(norm.scale, c + i), constant(norm.beta, c + i))));
+        const Vec x = load(pixel + i) - load(norm.mean + c + i);
+        store(to + i, relu(fma(x, load(norm.scale + c + i), load(norm.beta + c + i))));
       }
     }
   }

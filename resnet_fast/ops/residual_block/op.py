@@ -88,19 +88,14 @@ def _check_norm(x: Tensor, link: Link) -> None:
 
 def _check_tensors(x: Tensor, path: list[Link]) -> None:
     common.check_floating(OP, "x", x)
-    device, autocast = x.device, x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     for link in path:
         if link.weight.dtype != x.dtype and not autocast:
             raise RuntimeError(f"{OP}: wanted one dtype, got x of {x.dtype} and weight of {link.weight.dtype}")
-        for name, t in zip(("running_mean", "running_var", "weight", "bias"), link.bn[:4]):
-            if t is None:
-                continue
-            if t.dim() != 1 or t.shape[0] != link.weight.shape[0]:
-                common.check_vector(OP, name, t, link.weight.shape[0])
-            if t.device != device:
-                common.check_same_device(OP, x=x, **{name: t})
-        if link.weight.device != device:
-            common.check_same_device(OP, x=x, weight=link.weight)
+        vectors = dict(zip(("running_mean", "running_var", "bn.weight", "bn.bias"), link.bn[:4]))
+        for name, t in vectors.items():
+            common.check_vector(OP, name, t, link.weight.shape[0])
+        common.check_same_device(OP, x=x, weight=link.weight, **vectors)
 
 
 @lru_cache(maxsize=4096)
