@@ -54,7 +54,7 @@ struct ConvKernels {
   const char* (*name)(int algorithm);
   int (*tile_rows)(int algorithm);  // 1: a row of outputs does not depend on which rows are computed with it
   const char* (*why_not)(const ConvShape&, DType, int algorithm);             // null: it can; else the reason
-  ConvConfig (*heuristic)(const ConvShape&, DType, int threads, bool exact);  // exact: no Winograd
+  ConvConfig (*heuristic)(const ConvShape&, DType, int threads, bool exact);  // exact: no Winograd, no Strassen
   size_t (*packed_bytes)(const ConvShape&, DType, int algorithm);
   // w: dense [K, C/groups, R, S] float32; fold: [K] multiplied into the filters, or null.
   void (*pack)(const ConvShape&, DType, int algorithm, void* packed, const float* w, const float* fold, int threads);

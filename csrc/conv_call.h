@@ -23,7 +23,7 @@ struct ConvCall {
   const float* shift;    // null: 0
   const void* residual;  // null: none
   bool relu;
-  bool exact;  // no Winograd
+  bool exact;  // no Winograd, no Strassen
   int threads;
   float* moments = nullptr;  // partial sums of y for the norm behind it, where conv_takes says so
   ConvNorm norm = {};        // a norm and ReLU before it, where conv_takes says so

@@ -61,8 +61,8 @@ struct Choice {
 using Choices = std::map<int, Choice>;
 
 class Plan;
-bool is_winograd(int algorithm);  // not exact
-bool is_by_rows(int algorithm);   // can compute the rows of a max_pool, a band at a time
+bool is_inexact(int algorithm);  // adds up other products than the sum asked for: Winograd, Strassen
+bool is_by_rows(int algorithm);  // can compute the rows of a max_pool, a band at a time
 void tune_plan(Plan&, const Choices& given, int effort);
 
 class Network : public std::enable_shared_from_this<Network> {
@@ -83,7 +83,7 @@ class Network : public std::enable_shared_from_this<Network> {
   int sigmoid(int x);
   void output(int x);
 
-  // exact: no Winograd. tune: 0 the heuristics, 1 a short search by measurement, 2 a longer one.
+  // exact: no Winograd, no Strassen. tune: 0 the heuristics, 1 a short search by measurement, 2 a longer one.
   std::shared_ptr<Plan> plan(int64_t N, int64_t H, int64_t W, int threads, bool exact, int tune,
                              const Choices& choices);
 

@@ -29,7 +29,10 @@ static int64_t pool_extent(int64_t in, int64_t kernel, int64_t stride, int64_t p
 
 static bool is_conv(const Node& n) { return n.op == Op::conv || n.op == Op::linear; }
 
-bool is_winograd(int algorithm) { return std::strncmp(kernels().conv->name(algorithm), "winograd", 8) == 0; }
+bool is_inexact(int algorithm) {
+  const char* name = kernels().conv->name(algorithm);
+  return std::strncmp(name, "winograd", 8) == 0 || std::strcmp(name, "strassen") == 0;
+}
 bool is_by_rows(int algorithm) { return kernels().conv->tile_rows(algorithm) == 1; }
 
 Plan::Plan(std::shared_ptr<Network> network, int64_t N, int64_t H, int64_t W, int threads, bool exact)
@@ -198,7 +201,7 @@ void Plan::choose_convolutions(const Choices& choices) {
                "'");
       const char* why = conv.why_not(shape, dtype, algorithm);
       RF_CHECK(!why, "choices[", i, "]: ", c.algorithm, " cannot do this convolution: ", why);
-      RF_CHECK(!exact_ || !is_winograd(algorithm), "choices[", i, "]: ", c.algorithm,
+      RF_CHECK(!exact_ || !is_inexact(algorithm), "choices[", i, "]: ", c.algorithm,
                " is not exact, and exact was asked for");
       RF_CHECK(fused_into_[i] < 0 || is_by_rows(algorithm), "choices[", i, "]: ", c.algorithm,
                " cannot compute the rows of a max_pool (value ", fused_into_[i], ")");

@@ -118,7 +118,7 @@ class Tuner {
           conv.candidates(s, plan_.network_->dtype(), plan_.fused_into_[i] >= 0 ? 1 : plan_.threads_, all, 64);
       kind.candidates.push_back(plan_.configs_[i]);
       for (int c = 0; c < n; ++c) {
-        const bool barred = (plan_.exact_ && is_winograd(all[c].algorithm)) ||
+        const bool barred = (plan_.exact_ && is_inexact(all[c].algorithm)) ||
                             (plan_.fused_into_[i] >= 0 && !is_by_rows(all[c].algorithm));
         const ConvConfig& first = kind.candidates[0];
         const bool again = std::tie(first.algorithm, first.block_rows, first.block_cols, first.split_cols) ==

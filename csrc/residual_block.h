@@ -29,7 +29,7 @@ struct ResidualBlock {
   void* y;                            // likewise
   std::vector<BlockLink> links;       // the main path
   std::vector<BlockLink> projection;  // the shortcut: one link without ReLU, or none: x itself
-  bool exact;                         // no Winograd
+  bool exact;                         // no Winograd, no Strassen
   int threads;
 };
 

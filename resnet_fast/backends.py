@@ -83,8 +83,9 @@ def exact(enabled: bool = True) -> Iterator[None]:
     """Allow only direct convolutions in this thread while the context lasts (`RESNET_FAST_EXACT=1`: always).
 
     Winograd convolutions need up to four times fewer multiplications and lose about two bits (F(4x4) in float32: three
-    to five times eager's rms error in one layer, less over a network); with `exact` every operator obeys the package's
-    general law, twice eager's error.
+    to five times eager's rms error in one layer, less over a network); Strassen's seven products for eight, 1x1
+    convolutions in float32, lose a bit where channels differ much in size. With `exact` every operator obeys the
+    package's general law, twice eager's error.
     """
     before = getattr(_local, "exact", None)
     _local.exact = enabled
@@ -95,7 +96,7 @@ def exact(enabled: bool = True) -> Iterator[None]:
 
 
 def is_exact() -> bool:
-    """Whether Winograd is forbidden in this thread."""
+    """Whether Winograd and Strassen are forbidden in this thread."""
     enabled = getattr(_local, "exact", None)
     return _variable(_EXACT, "0") not in ("", "0") if enabled is None else enabled
 

@@ -37,7 +37,7 @@ def freeze(
         example: an input; the plan of its shape is made, and measured, now instead of at the first call; on a GPU its
             graph is captured (other shapes run without one).
         dtype: float32, bfloat16, float16 or float64; default the model's own. Inputs and outputs keep the caller's dtype.
-        exact: only direct convolutions, no Winograd (whose float32 error is at most three times eager's).
+        exact: only direct convolutions, no Winograd or Strassen (float32 errors at most three times eager's).
 
     Returns:
         A module that takes any batch and image size the model takes.

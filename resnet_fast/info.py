@@ -27,7 +27,7 @@ from resnet_fast import _choices, _native, backends, functional
 VARIABLES = {
     "RESNET_FAST_BACKEND": "run every operator by this backend (" + ", ".join(backends.BACKENDS) + "), or raise",
     "RESNET_FAST_DISABLE": "1: plain torch for every operator",
-    "RESNET_FAST_EXACT": "1: direct convolutions only, no Winograd",
+    "RESNET_FAST_EXACT": "1: direct convolutions only, no Winograd, no Strassen",
     "RESNET_FAST_TUNE": "0: never measure, take the first room that can",
     "RESNET_FAST_CACHE": "folder of the measured choices",
     "RESNET_FAST_ISA": "force the CPU kernels' instruction set (default, avx2, avx512, avx512_bf16)",

@@ -21,7 +21,8 @@ struct Algorithm {
   bool (*takes_norm)(const ConvShape&, DType, const ConvConfig&) = nullptr;
 };
 
-extern const Algorithm kDirect, kWinograd4, kWinograd4x2, kWinograd2, kWinograd4Strided, kGrouped, kStem, kWinogradStem;
+extern const Algorithm kDirect, kWinograd4, kWinograd4x2, kWinograd2, kWinograd4Strided, kGrouped, kStem, kWinogradStem,
+    kStrassen;
 
 // Bytes rounded up to an odd number of cache lines: buffers a power of two apart would share cache sets.
 RF_INLINE size_t odd_lines(size_t bytes) { return (ceil_div(bytes, size_t(64)) | 1) * 64; }

@@ -7,6 +7,7 @@
 #include "conv_pack_strided.h"
 
 #include "conv_direct.h"
+#include "conv_strassen.h"
 
 namespace rf {
 namespace RF_ISA {
@@ -46,10 +47,10 @@ const char* pack_strided_why_not(const ConvShape& s, DType t, int algorithm) {
     return "filters of any strides are packed for an even number of input channels in bfloat16";
   if (const char* why = kConvKernels.why_not(s, t, algorithm)) return why;
   const char* name = kConvKernels.name(algorithm);
-  for (const char* known : {"direct", "winograd4", "winograd4x2", "winograd2", "winograd4_strided"}) {
+  for (const char* known : {"direct", "winograd4", "winograd4x2", "winograd2", "winograd4_strided", "strassen"}) {
     if (std::strcmp(name, known) == 0) return nullptr;
   }
-  return "filters of any strides are packed for direct and the Winograd algorithms of 3x3 filters only";
+  return "filters of any strides are packed for direct, strassen and the Winograd algorithms of 3x3 filters only";
 }
 
 template <class Word>
@@ -64,6 +65,8 @@ static void pack_words(const PackStridedArgs& a) {
       pack_winograd<Line4, Line2, Word>(a, team);
     else if (std::strcmp(name, "winograd4_strided") == 0)
       pack_winograd<LineStrided4, LineStrided4, Word>(a, team);
+    else if (std::strcmp(name, "strassen") == 0)
+      strassen_pack_panels(a, nullptr, team);
     else
       pack_direct<Word>(a, team);
   });

@@ -246,5 +246,5 @@ def main(args: argparse.Namespace, device: str) -> int:
 
 LEGEND = """
 x eager: median over interleaved rounds. % roof: the longer of computing the direct convolution and moving every tensor
-once at this machine's rates, over the time; Winograd and caches can beat it. Times include packing the filters, which a
+once at this machine's rates, over the time; Winograd, Strassen and caches can beat it. Times include packing the filters, which a
 frozen network does once. Only results within the law are timed (benchmarks/README.md has it)."""

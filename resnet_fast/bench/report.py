@@ -90,7 +90,7 @@ def notes(runs: Sequence[Run], machine: Machine) -> str:
         f"  ({machine.how})",
         "ms: median of the rounds' medians, engines interleaved; ratios: median [least, largest] over the rounds.",
         "% roof: time the direct convolutions and one pass over every tensor would need at these rates, per layer the longer "
-        "of both, over the time taken; Winograd convolutions and caches can beat it.",
+        "of both, over the time taken; Winograd, Strassen and caches can beat it.",
         "MiB: peak of the process while it was timed (on a GPU: of the allocator).",
         "error: root mean square against float64, relative"
         + _what(cases)

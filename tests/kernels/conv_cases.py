@@ -73,6 +73,9 @@ CASES = [
     Case(7, 1, 1, 300, 50, 1, 1),
     Case(1, 8, 8, 512, 32, 1, 1),
     Case(1, 3, 3, 2, 3, 1, 1, pad=(1, 1)),
+    Case(3, 5, 7, 96, 128, 1, 1),
+    Case(2, 1, 2, 32, 64, 1, 1),
+    Case(4, 14, 14, 160, 192, 1, 1),
     Case(1, 12, 12, 64, 64, 3, 3, **P1),
     Case(2, 7, 7, 32, 96, 3, 3, **P1),
     Case(1, 13, 9, 17, 35, 3, 3, **P1),
@@ -231,6 +234,11 @@ def check(case: Case, algorithm: int, dtype: torch.dtype, draw: Callable[[], tup
 
 def algorithms_for(case: Case, dtype: torch.dtype) -> list[int]:
     return [i for i in range(len(NAMES)) if _C.conv_why_not(case.sizes, DTYPES.index(dtype), i) is None]
+
+
+def is_inexact(algorithm: int) -> bool:
+    """Adds up other products than the sum asked for."""
+    return NAMES[algorithm].startswith("winograd") or NAMES[algorithm] == "strassen"
 
 
 def default(algorithm: int) -> tuple[int, int, int, int]:

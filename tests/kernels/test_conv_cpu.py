@@ -21,6 +21,7 @@ from tests.kernels.conv_cases import (
     conv,
     default,
     inputs,
+    is_inexact,
     reference,
 )  # fmt: skip
 
@@ -105,18 +106,18 @@ def test_nan_and_infinity_reach_the_outputs_they_should(case, dtype, algorithm, 
         reference(case, torch.float32, x=(~operands["x"].isfinite()).float(), w=torch.ones_like(operands["w"])) > 0
     )
     expected = reference(case, torch.float32, relu=True, **operands)
-    # Wherever eager is not finite, so are we (Winograd may turn an infinity into NaN); far away nothing changes.
+    # Wherever eager is not finite, so are we (Winograd and Strassen may make an infinity NaN); far away nothing changes.
     assert not y[~expected.isfinite()].isfinite().any()
     clean = dict(operands, x=operands["x"].nan_to_num(0.0, 0.0, 0.0))
     far = (
         ~F.max_pool2d(touched.float(), 2 * FAR + 1, 1, FAR).bool()
-        if NAMES[algorithm].startswith("winograd")
+        if is_inexact(algorithm)
         else ~touched
     )
     assert torch.equal(y[far], conv(case, default(algorithm), relu=True, **clean)[far])
 
 
-FAR = 4  # outputs: an infinity spreads over a Winograd tile's input
+FAR = 4  # outputs: an infinity spreads over a Winograd tile's input, Strassen's pairs of pixels are closer
 
 
 def test_heuristic_and_candidates_can_run():
@@ -126,7 +127,7 @@ def test_heuristic_and_candidates_can_run():
                 for exact in (False, True):
                     config = _C.conv_heuristic(case.sizes, dtype, threads, exact)
                     assert _C.conv_why_not(case.sizes, dtype, config[0]) is None
-                    assert not (exact and NAMES[config[0]].startswith("winograd"))
+                    assert not (exact and is_inexact(config[0]))
                 offered = _C.conv_candidates(case.sizes, dtype, threads)
                 assert offered[0] == _C.conv_heuristic(case.sizes, dtype, threads, False)
                 assert len({tuple(c) for c in offered}) == len(offered)

@@ -176,7 +176,7 @@ def test_running_statistics_move(case):
 
 
 #: Many chunks of rows, the last of them ragged; rows short enough to be added in groups, and longer ones.
-WIDTHS = {"short rows": (64, 32), "long rows": (160, 96)}
+WIDTHS = {"short rows": (64, 32), "long rows": (160, 96), "seven products for eight": (256, 128)}
 
 
 @pytest.mark.skipif(native is not None, reason=f"the compiled module is not there: {native}")
@@ -186,7 +186,7 @@ WIDTHS = {"short rows": (64, 32), "long rows": (160, 96)}
 def test_statistics_inside_a_convolution_change_no_bit(width, dtype, offset):
     """A norm's sums taken by the convolution before it, its values made by the one behind: what passes of their own give."""
     c, k = WIDTHS[width]
-    x = (torch.randn(3, c, 29, 31) + offset).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = (torch.randn(3, c, 29, 32) + offset).to(dtype).contiguous(memory_format=torch.channels_last)
     tensors = []
     for of, to, size in ((c, k, 1), (k, k, 3), (k, c, 1)):
         tensors += [torch.randn(to, of, size, size) / (of * size * size) ** 0.5, torch.rand(to) + 0.5, torch.randn(to)]

@@ -1,4 +1,4 @@
-"""conv2d by the C++ kernels: register tiles, and Winograd for 3x3 at stride 1 unless `exact` forbids it.
+"""conv2d by the C++ kernels: register tiles, Winograd for 3x3 and Strassen for 1x1 unless `exact` forbids them.
 
 Backward: the weight gradient as a register tile over pixels; the data gradient by residue classes of the stride, so that
 no tap is wasted.
