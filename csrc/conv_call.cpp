@@ -156,8 +156,10 @@ const char* conv_data_gradient_why_not(const ConvShape& s, DType t, bool residua
 bool conv_weight_gradient(const WgradArgs& a, bool exact) {
   const Kernels& k = kernels();
   const ConvShape& s = a.shape;
-  (!exact && !k.wgrad_winograd_why_not(s, a.dtype) ? k.wgrad_winograd : k.wgrad)(a);
-  if (s.R * s.S == 1) return true;
+  const bool winograd = !exact && !k.wgrad_winograd_why_not(s, a.dtype);
+  const bool strassen = !exact && !k.wgrad_strassen_why_not(s, a.dtype);
+  (winograd ? k.wgrad_winograd : strassen ? k.wgrad_strassen : k.wgrad)(a);
+  if (s.R * s.S == 1 && !strassen) return true;
   float sum = 0;
   for (int64_t r = 0; r < s.R; ++r)
     for (int64_t t = 0; t < s.S; ++t) {

@@ -32,6 +32,8 @@ struct Kernels {
   void (*wgrad)(const WgradArgs&);
   ConvBackwardWhyNot wgrad_winograd_why_not;
   void (*wgrad_winograd)(const WgradArgs&);
+  ConvBackwardWhyNot wgrad_strassen_why_not;
+  void (*wgrad_strassen)(const WgradArgs&);
   ConvBackwardWhyNot dgrad_why_not;
   void (*dgrad)(const DgradArgs&);
   ConvBackwardWhyNot dgrad_winograd_why_not;

@@ -125,3 +125,77 @@ def test_refusals(change, reason):
     assert "pairs" in _C.conv_why_not([64, 1, 1, 64, 64, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1], 0, STRASSEN)
     shape[change[0]] = change[1]
     assert reason in _C.conv_why_not(shape, 0, STRASSEN)
+
+
+# The weight gradient: N, H, W, C, K; one block of pairs and several, strips of filters of every height, odd halves of them
+GRADIENTS = [
+    (2, 14, 14, 256, 256),
+    (3, 8, 9, 1024, 192),
+    (16, 7, 7, 192, 512),
+    (1, 2, 1, 256, 256),
+    (5, 28, 28, 320, 224),
+]
+
+
+def tensors(n, h, w, c, k):
+    return torch.randn(n, h, w, k), torch.randn(n, h, w, c).relu()
+
+
+def weight_gradient(dy, x, dw, threads=2, kernel="conv_wgrad_strassen"):
+    n, h, w, c = x.shape
+    shape = (n, h, w, c, dy.shape[3], 1, 1, h, w, 1, 1, 0, 0, 1, 1, 1)
+    assert _C.conv_wgrad_strassen_why_not(shape, 0) is None
+    getattr(_C, kernel)(shape, 0, dw.data_ptr(), *dw.stride(), 1, 1, dy.data_ptr(), x.data_ptr(), threads)
+    return dw
+
+
+@pytest.mark.parametrize("given", GRADIENTS, ids=str)
+def test_weight_gradient(given):
+    """The law; the same bits for any team and any strides of dw."""
+    c, k = given[3:]
+    own = eager = size = 0.0
+    for _ in range(2):
+        dy, x = tensors(*given)
+        dw = weight_gradient(dy, x, torch.full((k, c), float("nan")))
+        truth = dy.reshape(-1, k).double().t() @ x.reshape(-1, c).double()
+        images = [t.permute(0, 3, 1, 2) for t in (dy, x)]
+        plain = [torch.nn.grad.conv2d_weight(b, (k, c, 1, 1), a) for a, b in (images, [t.contiguous() for t in images])]
+        own += rms(dw.double() - truth) ** 2
+        eager += max(rms(p.view(k, c).double() - truth) for p in plain) ** 2
+        size += rms(truth) ** 2
+    assert own**0.5 <= 2 * eager**0.5 + EPS / 2 * size**0.5
+    for threads in (1, 3, 7):
+        assert torch.equal(weight_gradient(dy, x, torch.full((k, c), float("nan")), threads), dw)
+    assert torch.equal(weight_gradient(dy, x, torch.full((c, k), float("nan")).t()), dw)
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [((3, 288), "halves"), ((4, 272), "halves"), ((5, 3), "1x1"), ((9, 2), "stride 1"), ((15, 2), "one group"),
+     ((3, 64), "few channels"), ((0, 1), "even number")],
+    ids=lambda v: v if isinstance(v, str) else None,
+)  # fmt: skip
+def test_weight_gradient_refuses(change, reason):
+    shape = [2, 7, 7, 512, 256, 1, 1, 7, 7, 1, 1, 0, 0, 1, 1, 1]
+    assert _C.conv_wgrad_strassen_why_not(shape, 0) is None
+    assert "bfloat16" in _C.conv_wgrad_strassen_why_not(shape, 1)
+    shape[change[0]] = change[1]
+    assert reason in _C.conv_wgrad_strassen_why_not(shape, 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spoiled", ["dy", "x"])
+def test_a_weight_gradient_that_spreads_says_so(spoiled, value):
+    """conv_weight_gradient: False, and the caller computes it otherwise, wherever the value lies; exact, which mixes nothing, True."""
+    shape = (2, 3, 3, 256, 256, 1, 1, 3, 3, 1, 1, 0, 0, 1, 1, 1)
+    dw = torch.empty(256, 256)
+    for pixel in (0, 3):
+        for channel in (5, 250):
+            dy, x = tensors(2, 3, 3, 256, 256)
+            (dy if spoiled == "dy" else x).view(-1, 256)[pixel, channel] = value
+            place = (dw.data_ptr(), (*dw.stride(), 1, 1), dy.data_ptr(), x.data_ptr())
+            assert not _C.conv_weight_gradient(shape, 0, *place, False, 2)
+            assert _C.conv_weight_gradient(shape, 0, *place, True, 2)
+            want = torch.zeros_like(dw, dtype=torch.bool)
+            want[(channel,) if spoiled == "dy" else (slice(None), channel)] = True
+            assert torch.equal(~dw.isfinite(), want)
