@@ -158,7 +158,8 @@ bool conv_weight_gradient(const WgradArgs& a, bool exact) {
   const ConvShape& s = a.shape;
   const bool winograd = !exact && !k.wgrad_winograd_why_not(s, a.dtype);
   const bool strassen = !exact && !k.wgrad_strassen_why_not(s, a.dtype);
-  (winograd ? k.wgrad_winograd : strassen ? k.wgrad_strassen : k.wgrad)(a);
+  const bool stem = !exact && !k.wgrad_stem_why_not(s, a.dtype);
+  (winograd ? k.wgrad_winograd : strassen ? k.wgrad_strassen : stem ? k.wgrad_stem : k.wgrad)(a);
   if (s.R * s.S == 1 && !strassen) return true;
   float sum = 0;
   for (int64_t r = 0; r < s.R; ++r)

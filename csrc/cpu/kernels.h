@@ -34,6 +34,8 @@ struct Kernels {
   void (*wgrad_winograd)(const WgradArgs&);
   ConvBackwardWhyNot wgrad_strassen_why_not;
   void (*wgrad_strassen)(const WgradArgs&);
+  ConvBackwardWhyNot wgrad_stem_why_not;
+  void (*wgrad_stem)(const WgradArgs&);
   ConvBackwardWhyNot dgrad_why_not;
   void (*dgrad)(const DgradArgs&);
   ConvBackwardWhyNot dgrad_winograd_why_not;
