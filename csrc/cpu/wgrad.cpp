@@ -11,6 +11,7 @@
 // dy they make dw turned, rows (r, s, c) by panels of filters.
 #include "../conv_backward.h"
 #include "conv_algorithms.h"
+#include "grouped.h"
 #include "scratch.h"
 #include "wgrad_tile.h"
 
@@ -290,13 +291,15 @@ void wgrad_any(const WgradArgs& a) {
 }  // namespace
 
 const char* wgrad_why_not(const ConvShape& s, DType) {
-  // Grouped 3x3 of 4, 8, 16 and 32 channels a group ran at 4, 11, 26 and 79 GFLOP/s: panels of so few columns stay
-  // empty.
-  if (s.groups > 1 && s.C / s.groups < 16) return "groups of fewer than 16 input channels are left to torch";
-  return nullptr;
+  if (s.groups == 1 || s.C / s.groups >= 16) return nullptr;
+  const char* reason = wgrad_grouped_why_not(s);
+  return reason ? "groups of fewer than 16 input channels that no vector holds whole are left to torch" : nullptr;
 }
 
-void wgrad(const WgradArgs& a) { a.dtype == DType::f32 ? wgrad_any<float, float>(a) : wgrad_any<bf16, Bf16Word>(a); }
+void wgrad(const WgradArgs& a) {
+  if (!wgrad_grouped_why_not(a.shape) && !std::getenv("RF_X")) return wgrad_grouped(a);
+  a.dtype == DType::f32 ? wgrad_any<float, float>(a) : wgrad_any<bf16, Bf16Word>(a);
+}
 
 }  // namespace RF_ISA
 }  // namespace rf

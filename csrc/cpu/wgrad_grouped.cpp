@@ -1,0 +1,307 @@
+// The weight gradient of a grouped convolution with as many filters as channels: dw[k][j] of filter k, channel j of its
+// group, is a sum over pixels of dy[k] * x[channel j of k's group]. 2*N*P*Q*K*R*S*C/groups flops, every lane of every
+// multiply-add useful.
+// A vector of dy holds whole groups, whose channel j of x one permutation spreads over their lanes; or a part of one
+// group, whose channels are broadcast. A spread pixel of x is multiplied by every pixel of dy that a tap brings it
+// to: the three of a 3-wide filter at stride 1, two and one in turn at stride 2. The sums of a few channels by one row
+// of taps stay in registers for some rows of pixels, then join totals in memory.
+// Rows are copied to float buffers first, one vector of channels side by side: pixels a power of two apart would share
+// cache sets, and bf16 is widened once. Chunks of images, whose number hangs on the shape alone, have totals of their
+// own, added in order at the end: any team adds the same numbers in the same order.
+#include "grouped.h"
+#include "scratch.h"
+
+namespace rf {
+namespace RF_ISA {
+
+namespace {
+
+constexpr int64_t kUnits = 32;                 // at least so many parts for a team to share
+constexpr int64_t kChainPixels = 64;           // summed in registers before they join the totals
+constexpr int64_t kBlockFloats = 24 << 10;     // of rows of x and dy copied at a time
+constexpr int kAtOnce = 4;                     // channels whose sums a loop over pixels keeps, where they are permuted
+constexpr int kBroadcast = kLanes == 16 ? 8 : 4;  // and where they are broadcast
+
+enum class Way { taps3, taps3_by_2, tap };  // what a loop over pixels covers: 3 taps at stride 1, at stride 2; any one
+
+struct Plan {
+  Way way;
+  int64_t per_group, strip, strips, vectors;  // a strip of channels: one vector, or a group of several
+  int64_t x_first, x_cols, dy_first, dy_cols;  // columns copied
+  int64_t block_rows, blocks, chain_rows, chunks;  // rows of dy
+  int64_t x_rows, x_row, x_plane, dy_row, dy_plane;  // floats but for x_rows
+  int64_t totals, buffer;  // floats of a vector's totals, of a thread's buffers
+
+  explicit Plan(const ConvShape& s) {
+    per_group = s.C / s.groups;
+    strip = larger(per_group, int64_t(kLanes));
+    strips = ceil_div(s.C, strip);
+    vectors = strip / kLanes;
+    const bool three = s.S == 3 && s.dilation_w == 1;
+    way = three && s.stride_w == 1 ? Way::taps3 : three && s.stride_w == 2 ? Way::taps3_by_2 : Way::tap;
+    x_first = way == Way::taps3 ? 0 : -s.pad_w;
+    x_cols = way == Way::taps3 ? s.W : (s.Q - 1) * s.stride_w + (s.S - 1) * s.dilation_w + 1;
+    dy_first = way == Way::taps3 ? s.pad_w - 2 : 0;
+    dy_cols = way == Way::taps3 ? s.W + 2 : way == Way::taps3_by_2 ? s.Q + 1 : s.Q;
+    x_row = x_cols * kLanes, dy_row = dy_cols * kLanes;
+    chain_rows = smaller(larger(kChainPixels / s.Q, int64_t(1)), s.P);
+    const int64_t fit = kBlockFloats / vectors / (s.stride_h * x_row + dy_row);
+    blocks = ceil_div(s.P, larger(fit / chain_rows * chain_rows, chain_rows));
+    block_rows = smaller(round_up(ceil_div(s.P, blocks), chain_rows), s.P);
+    blocks = ceil_div(s.P, block_rows);
+    chunks = smaller(ceil_div(kUnits, strips), s.N);
+    x_rows = (block_rows - 1) * s.stride_h + (s.R - 1) * s.dilation_h + 1;
+    x_plane = x_rows * x_row, dy_plane = block_rows * dy_row;
+    totals = per_group * s.R * s.S * kLanes;
+    buffer = (vectors * (x_plane + dy_plane) / kLanes | 1) * kLanes;
+  }
+};
+
+// Pixels to be brought into L2 while others are multiplied, `step` bytes apart: the copy alone waits for memory.
+struct Pixels {
+  const char* at;
+  int64_t step;
+  RF_INLINE void fetch() {
+    __builtin_prefetch(at, 0, 2);
+    at += step;
+  }
+};
+
+// Rows of pixels one loop walks, buffers' strides in floats.
+struct Walk {
+  int64_t rows, pixels, x_row, dy_row, x_step;
+  bool edge;  // at stride 2: the first column is a pixel, not padding
+  Pixels next[2];
+};
+
+template <int kChannels, bool kPermuted>
+struct Spread {
+  Lanes lanes[kPermuted ? kChannels : 1];
+  // Channels [first, first + kChannels) of a group.
+  Spread(int64_t first, int64_t per_group) {
+    RF_UNROLL for (int i = 0; i < (kPermuted ? kChannels : 0); ++i) {
+      alignas(64) int32_t from[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) from[lane] = (lane & -int(per_group)) + int(first) + i;
+      lanes[i] = load_lanes(from);
+    }
+  }
+  RF_INLINE Vec at(const float* x, int i) const {
+    if constexpr (kPermuted) return permute(load(x), lanes[i]);
+    return broadcast(x[i]);
+  }
+};
+
+// totals[channel][tap][lane] += the sums of the walk. x: the channel's vector where it is permuted, else the channel.
+template <Way kWay, int kChannels, bool kPermuted>
+void add_rows(Walk& walk, const float* x_rows, const float* dy_rows, int64_t first, int64_t per_group,
+              float* totals, int64_t totals_channel) {
+  constexpr int kTaps = kWay == Way::tap ? 1 : 3;
+  const Spread<kChannels, kPermuted> spread(first, per_group);
+  Pixels next_x = walk.next[0], next_dy = walk.next[1];  // in registers
+  Vec acc[kChannels][kTaps];
+  RF_UNROLL for (int c = 0; c < kChannels; ++c) RF_UNROLL for (int t = 0; t < kTaps; ++t) acc[c][t] = zero();
+  for (int64_t row = 0; row < walk.rows; ++row, x_rows += walk.x_row, dy_rows += walk.dy_row) {
+    const float *x = x_rows, *dy = dy_rows;
+    if (kWay == Way::taps3_by_2 && walk.edge) {
+      const Vec d = load(dy);
+      RF_UNROLL for (int c = 0; c < kChannels; ++c) acc[c][0] = fma(spread.at(x, c), d, acc[c][0]);
+    }
+    for (int64_t i = 0; i < walk.pixels; ++i, x += walk.x_step, dy += kLanes) {
+      next_x.fetch();
+      next_dy.fetch();
+      if constexpr (kWay == Way::taps3) {
+        const Vec d0 = load(dy + 2 * kLanes), d1 = load(dy + kLanes), d2 = load(dy);
+        RF_UNROLL for (int c = 0; c < kChannels; ++c) {
+          const Vec v = spread.at(x, c);
+          acc[c][0] = fma(v, d0, acc[c][0]);
+          acc[c][1] = fma(v, d1, acc[c][1]);
+          acc[c][2] = fma(v, d2, acc[c][2]);
+        }
+      } else if constexpr (kWay == Way::taps3_by_2) {
+        // The middle column of this pixel's window; its last, which is the next one's first.
+        const Vec d0 = load(dy + kLanes), d1 = load(dy);
+        RF_UNROLL for (int c = 0; c < kChannels; ++c) {
+          const Vec v = spread.at(x + kLanes, c), w = spread.at(x + 2 * kLanes, c);
+          acc[c][1] = fma(v, d1, acc[c][1]);
+          acc[c][0] = fma(w, d0, acc[c][0]);
+          acc[c][2] = fma(w, d1, acc[c][2]);
+        }
+      } else {
+        const Vec d = load(dy);
+        RF_UNROLL for (int c = 0; c < kChannels; ++c) acc[c][0] = fma(spread.at(x, c), d, acc[c][0]);
+      }
+    }
+  }
+  walk.next[0] = next_x, walk.next[1] = next_dy;
+  RF_UNROLL for (int c = 0; c < kChannels; ++c) {
+    RF_UNROLL for (int t = 0; t < kTaps; ++t) {
+      float* total = totals + c * totals_channel + t * kLanes;
+      store(total, load(total) + acc[c][t]);
+    }
+  }
+}
+
+using AddRows = void (*)(Walk&, const float*, const float*, int64_t, int64_t, float*, int64_t);
+
+template <int kChannels, bool kPermuted>
+AddRows pick(Way way) {
+  return way == Way::taps3        ? add_rows<Way::taps3, kChannels, kPermuted>
+         : way == Way::taps3_by_2 ? add_rows<Way::taps3_by_2, kChannels, kPermuted>
+                                  : add_rows<Way::tap, kChannels, kPermuted>;
+}
+
+template <class T>
+class Run {
+ public:
+  Run(const WgradArgs& a, const Plan& p, float* memory, const Team& team)
+      : a_(a), s_(a.shape), p_(p), all_(memory) {
+    x_ = memory + p.chunks * chunk_totals() + team.rank * p.buffer;
+    dy_ = x_ + p.vectors * p.x_plane;
+    const bool permuted = p.per_group < kLanes;
+    at_once_ = !permuted ? kBroadcast : int(smaller(p.per_group, int64_t(kAtOnce)));
+    add_ = !permuted         ? pick<kBroadcast, false>(p.way)
+           : at_once_ == 1 ? pick<1, true>(p.way)
+           : at_once_ == 2 ? pick<2, true>(p.way)
+                           : pick<kAtOnce, true>(p.way);
+    permuted_ = permuted;
+    const Range mine = team.share(p.chunks * p.strips);
+    for (int64_t i = mine.begin; i < mine.end;) {
+      const int64_t chunk = i / p.strips, first = i % p.strips;
+      const int64_t last = smaller(p.strips, first + mine.end - i);
+      sum_chunk(chunk, {first, last});
+      i += last - first;
+    }
+    team.sync();
+    const Range done = team.share(p.strips * p.vectors);
+    for (int64_t v = done.begin; v < done.end; ++v) write(v);
+  }
+
+ private:
+  int64_t chunk_totals() const { return p_.strips * p_.vectors * p_.totals; }
+
+  void sum_chunk(int64_t chunk, Range strips) {
+    float* totals = all_ + chunk * chunk_totals() + strips.begin * p_.vectors * p_.totals;
+    std::memset(totals, 0, size_t(strips.size() * p_.vectors * p_.totals) * sizeof(float));
+    for (int64_t n = s_.N * chunk / p_.chunks; n < s_.N * (chunk + 1) / p_.chunks; ++n) {
+      for (int64_t p = 0; p < s_.P; p += p_.block_rows) {
+        const Range rows = {p, smaller(p + p_.block_rows, s_.P)};
+        for (int64_t i = strips.begin; i < strips.end; ++i) {
+          copy(n, rows, i * p_.strip);
+          const bool more = i + 1 < strips.end;  // strips of these rows; then the rows below or the next image's
+          const int64_t row = more ? p : rows.end;
+          aim(n, row, more ? i + 1 : strips.begin);
+          add(rows, totals + (i - strips.begin) * p_.vectors * p_.totals);
+        }
+      }
+    }
+  }
+
+  void copy(int64_t n, Range rows, int64_t channel) {
+    const T *x = static_cast<const T*>(a_.x) + n * s_.H * s_.W * s_.C + channel,
+            *dy = static_cast<const T*>(a_.dy) + n * s_.P * s_.Q * s_.K + channel;
+    const int64_t first = rows.begin * s_.stride_h - s_.pad_h;
+    const int64_t last = (rows.end - 1) * s_.stride_h - s_.pad_h + (s_.R - 1) * s_.dilation_h;
+    const int channels = int(smaller(s_.C - channel, int64_t(kLanes)));
+    for (int64_t v = 0; v < p_.vectors; ++v, x += kLanes, dy += kLanes) {
+      for (int64_t h = larger(first, int64_t(0)); h <= smaller(last, s_.H - 1); ++h)
+        copy_columns(x_ + v * p_.x_plane + (h - first) * p_.x_row, x + h * s_.W * s_.C, s_.W, s_.C, p_.x_first,
+                     p_.x_cols, channels);
+      for (int64_t p = rows.begin; p < rows.end; ++p)
+        copy_columns(dy_ + v * p_.dy_plane + (p - rows.begin) * p_.dy_row, dy + p * s_.Q * s_.K, s_.Q, s_.K,
+                     p_.dy_first, p_.dy_cols, channels);
+    }
+  }
+
+  void aim(int64_t n, int64_t p, int64_t strip) {
+    const int64_t h = larger(p * s_.stride_h - s_.pad_h, int64_t(0)), channel = strip * p_.strip;
+    next_[0] = {static_cast<const char*>(a_.x) + ((n * s_.H + h) * s_.W * s_.C + channel) * int64_t(sizeof(T)),
+                s_.C * int64_t(sizeof(T))};
+    next_[1] = {static_cast<const char*>(a_.dy) + ((n * s_.P + p) * s_.Q * s_.K + channel) * int64_t(sizeof(T)),
+                s_.K * int64_t(sizeof(T))};
+  }
+
+  // The rows copied, a chain of them at a time, to a strip's totals: [vector][row of taps][channel][tap][lane].
+  void add(Range rows, float* totals) {
+    Walk walk = {0, p_.way == Way::taps3 ? s_.W : s_.Q, s_.stride_h * p_.x_row, p_.dy_row, s_.stride_w * kLanes,
+                 s_.pad_w == 0, {next_[0], next_[1]}};
+    const int64_t taps = p_.way == Way::tap ? s_.S : 1, channel = s_.S * kLanes;
+    const int64_t area = s_.stride_h * s_.stride_w;  // pixels of x for one of dy
+    const int64_t top = rows.begin * s_.stride_h - s_.pad_h;
+    for (int64_t begin = rows.begin; begin < rows.end; begin += p_.chain_rows) {
+      for (int64_t r = 0; r < s_.R; ++r) {
+        // Those of the chain whose row under this tap is in the image.
+        const int64_t up = s_.pad_h - r * s_.dilation_h;
+        const int64_t p0 = larger(begin, up > 0 ? ceil_div(up, s_.stride_h) : 0);
+        const int64_t p1 = smaller(smaller(begin + p_.chain_rows, rows.end),
+                                   s_.H + up > 0 ? ceil_div(s_.H + up, s_.stride_h) : 0);
+        walk.rows = p1 - p0;
+        if (walk.rows <= 0) continue;
+        const float* x = x_ + (p0 * s_.stride_h - up - top) * p_.x_row;
+        const float* dy = dy_ + (p0 - rows.begin) * p_.dy_row;
+        int64_t pass = r * p_.per_group / at_once_;
+        for (int64_t v = 0; v < p_.vectors; ++v, dy += p_.dy_plane) {
+          for (int64_t j = 0; j < p_.per_group; j += at_once_) {
+            const float* from = permuted_ ? x : x + j / kLanes * p_.x_plane + j % kLanes;
+            float* to = totals + v * p_.totals + (r * p_.per_group + j) * channel;
+            walk.next[0].step = pass < area ? next_[0].step : 0;
+            walk.next[1].step = pass++ < 1 ? next_[1].step : 0;
+            for (int64_t t = 0; t < taps; ++t)
+              add_(walk, from + t * s_.dilation_w * kLanes, dy, j, p_.per_group, to + t * kLanes, channel);
+          }
+        }
+      }
+    }
+  }
+
+  // dw of a vector of filters: the chunks' totals, added in order.
+  void write(int64_t vector) {
+    float* sums = all_ + vector * p_.totals;
+    for (int64_t chunk = 1; chunk < p_.chunks; ++chunk) {
+      const float* more = sums + chunk * chunk_totals();
+      for (int64_t i = 0; i < p_.totals; i += kLanes) store(sums + i, load(sums + i) + load(more + i));
+    }
+    const int64_t filters = smaller(s_.K - vector * kLanes, int64_t(kLanes));
+    for (int64_t lane = 0; lane < filters; ++lane) {
+      float* out = a_.dw + (vector * kLanes + lane) * a_.stride_k;
+      for (int64_t r = 0; r < s_.R; ++r) {
+        for (int64_t t = 0; t < s_.S; ++t) {
+          const float* in = sums + (r * p_.per_group * s_.S + t) * kLanes + lane;
+          float* to = out + r * a_.stride_r + t * a_.stride_s;
+          for (int64_t j = 0; j < p_.per_group; ++j) to[j * a_.stride_c] = in[j * s_.S * kLanes];
+        }
+      }
+    }
+  }
+
+  const WgradArgs& a_;
+  const ConvShape& s_;
+  const Plan& p_;
+  float *all_, *x_, *dy_;
+  int at_once_;
+  bool permuted_;
+  Pixels next_[2];
+  AddRows add_;
+};
+
+template <class T>
+void wgrad_any(const WgradArgs& a) {
+  const Plan p(a.shape);
+  float* memory = scratch(size_t(p.chunks * p.strips * p.vectors * p.totals + a.threads * p.buffer));
+  parallel(a.threads, [&](const Team& team) { Run<T>(a, p, memory, team); });
+}
+
+}  // namespace
+
+const char* wgrad_grouped_why_not(const ConvShape& s) {
+  if (s.groups == 1) return "grouped needs more than one group";
+  if (s.C != s.K) return "grouped needs as many filters as channels";
+  const int64_t per_group = s.C / s.groups;
+  if (kLanes % per_group != 0 && per_group % kLanes != 0)
+    return "grouped needs channels per group that divide the vector, or that it divides";
+  return nullptr;
+}
+
+void wgrad_grouped(const WgradArgs& a) { a.dtype == DType::f32 ? wgrad_any<float>(a) : wgrad_any<bf16>(a); }
+
+}  // namespace RF_ISA
+}  // namespace rf
