@@ -16,21 +16,21 @@ namespace RF_ISA {
 
 namespace {
 
-constexpr int64_t kUnits = 32;                 // at least so many parts for a team to share
-constexpr int64_t kChainPixels = 64;           // summed in registers before they join the totals
-constexpr int64_t kBlockFloats = 24 << 10;     // of rows of x and dy copied at a time
-constexpr int kAtOnce = 4;                     // channels whose sums a loop over pixels keeps, where they are permuted
+constexpr int64_t kUnits = 32;              // at least so many parts for a team to share
+constexpr int64_t kChainPixels = 64;        // summed in registers before they join the totals
+constexpr int64_t kBlockFloats = 24 << 10;  // of rows of x and dy copied at a time
+constexpr int kAtOnce = 4;                  // channels whose sums a loop over pixels keeps, where they are permuted
 constexpr int kBroadcast = kLanes == 16 ? 8 : 4;  // and where they are broadcast
 
 enum class Way { taps3, taps3_by_2, tap };  // what a loop over pixels covers: 3 taps at stride 1, at stride 2; any one
 
 struct Plan {
   Way way;
-  int64_t per_group, strip, strips, vectors;  // a strip of channels: one vector, or a group of several
-  int64_t x_first, x_cols, dy_first, dy_cols;  // columns copied
-  int64_t block_rows, blocks, chain_rows, chunks;  // rows of dy
+  int64_t per_group, strip, strips, vectors;         // a strip of channels: one vector, or a group of several
+  int64_t x_first, x_cols, dy_first, dy_cols;        // columns copied
+  int64_t block_rows, blocks, chain_rows, chunks;    // rows of dy
   int64_t x_rows, x_row, x_plane, dy_row, dy_plane;  // floats but for x_rows
-  int64_t totals, buffer;  // floats of a vector's totals, of a thread's buffers
+  int64_t totals, buffer;                            // floats of a vector's totals, of a thread's buffers
 
   explicit Plan(const ConvShape& s) {
     per_group = s.C / s.groups;
@@ -93,8 +93,8 @@ struct Spread {
 
 // totals[channel][tap][lane] += the sums of the walk. x: the channel's vector where it is permuted, else the channel.
 template <Way kWay, int kChannels, bool kPermuted>
-void add_rows(Walk& walk, const float* x_rows, const float* dy_rows, int64_t first, int64_t per_group,
-              float* totals, int64_t totals_channel) {
+void add_rows(Walk& walk, const float* x_rows, const float* dy_rows, int64_t first, int64_t per_group, float* totals,
+              int64_t totals_channel) {
   constexpr int kTaps = kWay == Way::tap ? 1 : 3;
   const Spread<kChannels, kPermuted> spread(first, per_group);
   Pixels next_x = walk.next[0], next_dy = walk.next[1];  // in registers
@@ -153,13 +153,12 @@ AddRows pick(Way way) {
 template <class T>
 class Run {
  public:
-  Run(const WgradArgs& a, const Plan& p, float* memory, const Team& team)
-      : a_(a), s_(a.shape), p_(p), all_(memory) {
+  Run(const WgradArgs& a, const Plan& p, float* memory, const Team& team) : a_(a), s_(a.shape), p_(p), all_(memory) {
     x_ = memory + p.chunks * chunk_totals() + team.rank * p.buffer;
     dy_ = x_ + p.vectors * p.x_plane;
     const bool permuted = p.per_group < kLanes;
     at_once_ = !permuted ? kBroadcast : int(smaller(p.per_group, int64_t(kAtOnce)));
-    add_ = !permuted         ? pick<kBroadcast, false>(p.way)
+    add_ = !permuted       ? pick<kBroadcast, false>(p.way)
            : at_once_ == 1 ? pick<1, true>(p.way)
            : at_once_ == 2 ? pick<2, true>(p.way)
                            : pick<kAtOnce, true>(p.way);
@@ -222,8 +221,13 @@ class Run {
 
   // The rows copied, a chain of them at a time, to a strip's totals: [vector][row of taps][channel][tap][lane].
   void add(Range rows, float* totals) {
-    Walk walk = {0, p_.way == Way::taps3 ? s_.W : s_.Q, s_.stride_h * p_.x_row, p_.dy_row, s_.stride_w * kLanes,
-                 s_.pad_w == 0, {next_[0], next_[1]}};
+    Walk walk = {0,
+                 p_.way == Way::taps3 ? s_.W : s_.Q,
+                 s_.stride_h * p_.x_row,
+                 p_.dy_row,
+                 s_.stride_w * kLanes,
+                 s_.pad_w == 0,
+                 {next_[0], next_[1]}};
     const int64_t taps = p_.way == Way::tap ? s_.S : 1, channel = s_.S * kLanes;
     const int64_t area = s_.stride_h * s_.stride_w;  // pixels of x for one of dy
     const int64_t top = rows.begin * s_.stride_h - s_.pad_h;
@@ -232,8 +236,8 @@ class Run {
         // Those of the chain whose row under this tap is in the image.
         const int64_t up = s_.pad_h - r * s_.dilation_h;
         const int64_t p0 = larger(begin, up > 0 ? ceil_div(up, s_.stride_h) : 0);
-        const int64_t p1 = smaller(smaller(begin + p_.chain_rows, rows.end),
-                                   s_.H + up > 0 ? ceil_div(s_.H + up, s_.stride_h) : 0);
+        const int64_t p1 =
+            smaller(smaller(begin + p_.chain_rows, rows.end), s_.H + up > 0 ? ceil_div(s_.H + up, s_.stride_h) : 0);
         walk.rows = p1 - p0;
         if (walk.rows <= 0) continue;
         const float* x = x_ + (p0 * s_.stride_h - up - top) * p_.x_row;
