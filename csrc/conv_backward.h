@@ -16,7 +16,7 @@ struct WgradArgs {
   int threads;
 };
 
-// dx of a convolution with groups = 1.
+// dx; w[k, c, r, s] with k among all filters, c within its group.
 struct DgradArgs {
   ConvShape shape;
   DType dtype;

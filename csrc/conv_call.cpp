@@ -163,7 +163,8 @@ bool conv_weight_gradient(const WgradArgs& a, bool exact) {
     for (int64_t t = 0; t < s.S; ++t) {
       const float* tap = a.dw + r * a.stride_r + t * a.stride_s;
       for (int64_t i = 0; i < s.K; ++i) sum += 0 * tap[i * a.stride_k];
-      for (int64_t c = 0; c < s.C / s.groups; ++c) sum += 0 * tap[c * a.stride_c];
+      for (int64_t g = 0; g < s.groups; ++g)
+        for (int64_t c = 0; c < s.C / s.groups; ++c) sum += 0 * tap[g * (s.K / s.groups) * a.stride_k + c * a.stride_c];
     }
   return std::isfinite(sum);
 }

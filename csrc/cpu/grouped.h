@@ -15,6 +15,12 @@ void wgrad_grouped(const WgradArgs&);
 const char* dgrad_grouped_why_not(const ConvShape&);
 void dgrad_grouped(const DgradArgs&);
 
+// Groups whose channels leave most of a panel of the dense kernels empty.
+RF_INLINE const char* narrow_groups_why_not(const ConvShape& s) {
+  if (s.groups == 1 || s.C / s.groups >= kPanel / 2) return nullptr;
+  return "narrow groups are left to torch, unless a vector holds whole ones of as many filters as channels";
+}
+
 // Whether the channels of a group are multiplied as pairs of bf16.
 RF_INLINE bool grouped_pairs(const ConvShape& s, DType t) {
   return sizeof(WordOf<Bf16Word>::Element) == sizeof(bf16) && t == DType::bf16 && s.C / s.groups % 2 == 0;

@@ -291,9 +291,7 @@ void wgrad_any(const WgradArgs& a) {
 }  // namespace
 
 const char* wgrad_why_not(const ConvShape& s, DType) {
-  if (s.groups == 1 || s.C / s.groups >= 16) return nullptr;
-  const char* reason = wgrad_grouped_why_not(s);
-  return reason ? "groups of fewer than 16 input channels that no vector holds whole are left to torch" : nullptr;
+  return wgrad_grouped_why_not(s) ? narrow_groups_why_not(s) : nullptr;
 }
 
 void wgrad(const WgradArgs& a) {
