@@ -38,6 +38,7 @@ struct PackStridedArgs {
   const float* w;
   int64_t stride_k, stride_c, stride_r, stride_s;
   int threads;
+  int64_t stride_group = 0;  // stride_k counts within a group
 };
 
 // Null: it can; else the reason.

@@ -89,8 +89,8 @@ void conv_forward(const ConvCall& c) {
   const Filters& f = c.filters;
   ConvArgs args{s,       config,     c.dtype, c.y,     c.x,       nullptr, strided ? c.scale : nullptr,
                 c.shift, c.residual, c.relu,  nullptr, c.moments, c.norm};
-  PackStridedArgs pack{s,          c.dtype,    config.algorithm, nullptr,    f.w,
-                       f.stride_k, f.stride_c, f.stride_r,       f.stride_s, c.threads};
+  PackStridedArgs pack{s,          c.dtype,    config.algorithm, nullptr,   f.w,           f.stride_k,
+                       f.stride_c, f.stride_r, f.stride_s,       c.threads, f.stride_group};
   if (strided) {
     if (const size_t bytes = k.streamed_scratch_bytes(s, c.dtype, config.algorithm, c.threads)) {
       const Workspace work(bytes);

@@ -44,27 +44,42 @@ size_t packed_bytes(const ConvShape& s, DType t) {
 
 // packed: [vector][r][word of the group][s][lane]: lane k holds w[k, j, r, s] for the word's channels j.
 template <class Word>
-void pack_words(const ConvShape& s, void* packed, const float* w, const float* fold) {
+void pack_vectors(const PackStridedArgs& a, const float* fold, Range vectors) {
   constexpr int kElements = WordOf<Word>::kElements;
-  auto* out = static_cast<typename WordOf<Word>::Element*>(packed);
+  const ConvShape& s = a.shape;
   const int64_t per_group = s.C / s.groups;
-  for (int64_t first = 0; first < s.K; first += kLanes) {
+  auto* out = static_cast<typename WordOf<Word>::Element*>(a.packed);
+  out += vectors.begin * s.R * s.S * per_group * kLanes;
+  for (int64_t first = vectors.begin * kLanes; first < vectors.end * kLanes; first += kLanes) {
+    const float* filters[kLanes];
+    float factors[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t k = smaller(first + i, s.K - 1);
+      filters[i] = a.w + k / per_group * a.stride_group + k % per_group * a.stride_k;
+      factors[i] = first + i >= s.K ? 0.f : fold ? fold[k] : 1.f;
+    }
     for (int64_t r = 0; r < s.R; ++r) {
       for (int64_t j = 0; j < per_group; j += kElements) {
         for (int64_t t = 0; t < s.S; ++t) {
-          for (int64_t k = first; k < first + kLanes; ++k) {
-            for (int64_t c = j; c < j + kElements; ++c) {
-              const float v = k < s.K ? w[((k * per_group + c) * s.R + r) * s.S + t] * (fold ? fold[k] : 1.f) : 0.f;
-              from_float(v, out++);
-            }
-          }
+          const int64_t at = j * a.stride_c + r * a.stride_r + t * a.stride_s;
+          alignas(64) float line[kElements][kLanes];
+          for (int i = 0; i < kLanes; ++i)
+            for (int e = 0; e < kElements; ++e) line[e][i] = filters[i][at + e * a.stride_c] * factors[i];
+          for (int i = 0; i < kLanes; ++i)
+            for (int e = 0; e < kElements; ++e) from_float(line[e][i], out++);
         }
       }
     }
   }
 }
-void pack(const ConvShape& s, DType t, void* packed, const float* w, const float* fold, int) {
-  grouped_pairs(s, t) ? pack_words<Bf16Word>(s, packed, w, fold) : pack_words<float>(s, packed, w, fold);
+void pack_range(const PackStridedArgs& a, const float* fold, Range vectors) {
+  grouped_pairs(a.shape, a.dtype) ? pack_vectors<Bf16Word>(a, fold, vectors) : pack_vectors<float>(a, fold, vectors);
+}
+
+void pack(const ConvShape& s, DType t, void* packed, const float* w, const float* fold, int threads) {
+  const int64_t per_group = s.C / s.groups, taps = s.R * s.S, filter = per_group * taps;
+  const PackStridedArgs a{s, t, 0, packed, w, filter, taps, s.S, 1, threads, per_group * filter};
+  parallel(threads, [&](const Team& team) { pack_range(a, fold, team.share(ceil_div(s.K, int64_t(kLanes)))); });
 }
 
 size_t scratch_bytes(const ConvShape& s, DType t, const ConvConfig& c, int threads) {
@@ -148,6 +163,10 @@ void run(const ConvArgs& a, const Team& team) {
 }
 
 }  // namespace
+
+void pack_grouped(const PackStridedArgs& a, const Team& team) {
+  pack_range(a, nullptr, team.share(ceil_div(a.shape.K, int64_t(kLanes))));
+}
 
 extern const Algorithm kGrouped;
 const Algorithm kGrouped = {"grouped", 1, 1, why_not, defaults, packed_bytes, pack, scratch_bytes, run};

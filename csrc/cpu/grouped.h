@@ -14,6 +14,7 @@ const char* wgrad_grouped_why_not(const ConvShape&);
 void wgrad_grouped(const WgradArgs&);
 const char* dgrad_grouped_why_not(const ConvShape&);
 void dgrad_grouped(const DgradArgs&);
+void pack_grouped(const PackStridedArgs&, const Team&);
 
 // Groups whose channels leave most of a panel of the dense kernels empty.
 RF_INLINE const char* narrow_groups_why_not(const ConvShape& s) {
