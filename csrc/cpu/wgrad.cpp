@@ -8,7 +8,8 @@
 // tiles read them with stride 1: dozens of streams to write; 56x56, 64 to 256 took 11.3 ms in float32, of which the
 // tiles took 7.4. bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not.
 // There one operand only is packed, the narrower one: the tiles join the other's pixels in registers, and where that is
-// dy they make dw turned, rows (r, s, c) by panels of filters.
+// dy they make dw turned, rows (r, s, c) by panels of filters. Groups of as many filters as channels that a vector
+// holds whole, or that vectors fill, are wgrad_grouped.cpp's: here panels of so few columns stay empty.
 #include "../conv_backward.h"
 #include "conv_algorithms.h"
 #include "grouped.h"

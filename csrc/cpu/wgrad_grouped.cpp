@@ -5,9 +5,11 @@
 // group, whose channels are broadcast. A spread pixel of x is multiplied by every pixel of dy that a tap brings it
 // to: the three of a 3-wide filter at stride 1, two and one in turn at stride 2. The sums of a few channels by one row
 // of taps stay in registers for some rows of pixels, then join totals in memory.
-// Rows are copied to float buffers first, one vector of channels side by side: pixels a power of two apart would share
-// cache sets, and bf16 is widened once. Chunks of images, whose number hangs on the shape alone, have totals of their
-// own, added in order at the end: any team adds the same numbers in the same order.
+// Rows are copied to buffers first, one vector of channels side by side: pixels a power of two apart would share cache
+// sets. While one vector's are multiplied the next one's are fetched, each pixel once: fetching on past them took 1.3
+// times as long at 56x56, 4 channels a group, float32. Of bf16, where vdpbf16ps is, a word is two pixels that meet the
+// same taps: at 14x14, 16 a group, 1.3 ms for 2.2 of widened floats. Chunks of images, whose number hangs on the shape
+// alone, have totals of their own, added in order at the end: any team adds the same numbers in the same order.
 #include "grouped.h"
 #include "scratch.h"
 

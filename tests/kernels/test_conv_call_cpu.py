@@ -86,7 +86,7 @@ def test_data_gradient_at_stride_1(case, dtype):
 
 
 #: Narrow groups of as many filters as channels, and wide ones: what the gradient kernels take of groups.
-GROUPED = [c for c in CASES if c.groups > 1 and (c.C == c.K and 16 % (c.C // c.groups) == 0 or c.C // c.groups >= 16)]
+GROUPED = [c for c in CASES if c.groups > 1 and ((c.C == c.K and 16 % (c.C // c.groups) == 0) or c.C // c.groups >= 16)]
 STRIDED = [c for c in CASES if (c.stride != (1, 1) or min(turned(c).pad) < 0) and (c.groups == 1 or c in GROUPED)] + [
     Case(2, 30, 30, 16, 24, 3, 3, stride=(2, 2), **P1),  # by Winograd
     LARGE[1],
