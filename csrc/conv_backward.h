@@ -16,7 +16,7 @@ struct WgradArgs {
   int threads;
 };
 
-// dx of a convolution with groups = 1.
+// dx; w[k, c, r, s] with k among all filters, c within its group.
 struct DgradArgs {
   ConvShape shape;
   DType dtype;
@@ -38,6 +38,7 @@ struct PackStridedArgs {
   const float* w;
   int64_t stride_k, stride_c, stride_r, stride_s;
   int threads;
+  int64_t stride_group = 0;  // stride_k counts within a group
 };
 
 // Null: it can; else the reason.

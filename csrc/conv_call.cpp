@@ -89,8 +89,8 @@ void conv_forward(const ConvCall& c) {
   const Filters& f = c.filters;
   ConvArgs args{s,       config,     c.dtype, c.y,     c.x,       nullptr, strided ? c.scale : nullptr,
                 c.shift, c.residual, c.relu,  nullptr, c.moments, c.norm};
-  PackStridedArgs pack{s,          c.dtype,    config.algorithm, nullptr,    f.w,
-                       f.stride_k, f.stride_c, f.stride_r,       f.stride_s, c.threads};
+  PackStridedArgs pack{s,          c.dtype,    config.algorithm, nullptr,   f.w,           f.stride_k,
+                       f.stride_c, f.stride_r, f.stride_s,       c.threads, f.stride_group};
   if (strided) {
     if (const size_t bytes = k.streamed_scratch_bytes(s, c.dtype, config.algorithm, c.threads)) {
       const Workspace work(bytes);
@@ -166,7 +166,8 @@ bool conv_weight_gradient(const WgradArgs& a, bool exact) {
     for (int64_t t = 0; t < s.S; ++t) {
       const float* tap = a.dw + r * a.stride_r + t * a.stride_s;
       for (int64_t i = 0; i < s.K; ++i) sum += 0 * tap[i * a.stride_k];
-      for (int64_t c = 0; c < s.C / s.groups; ++c) sum += 0 * tap[c * a.stride_c];
+      for (int64_t g = 0; g < s.groups; ++g)
+        for (int64_t c = 0; c < s.C / s.groups; ++c) sum += 0 * tap[g * (s.K / s.groups) * a.stride_k + c * a.stride_c];
     }
   return std::isfinite(sum);
 }

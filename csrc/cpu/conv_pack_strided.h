@@ -14,7 +14,7 @@ const char* pack_strided_why_not(const ConvShape&, DType, int algorithm);
 namespace {  // each translation unit its own: nothing here is large
 
 constexpr size_t kStreamedFilters = 8u << 20;  // packed filters this large will not wait in the caches anyway
-constexpr int kDepth = 16;                 // input channels of a block: a line of channels_last filters
+constexpr int kDepth = 16;                     // input channels of a block: a line of channels_last filters
 
 // Filters [panel * kPanel, + cols) by channels [c0, + depth) of tap (r, s) as [channel][kPanel], zeros beyond cols.
 struct Source {

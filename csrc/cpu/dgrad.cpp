@@ -4,8 +4,9 @@
 // convolution over dy stretched with zeros does stride^2 times that. Classes no tap reaches are zeros.
 // Blocks of pixels are gathered into gemm.h's tiles as conv_direct does; a tile's sums go to dx pixel by pixel,
 // because neighbours of a class lie `stride` apart. Stride 1 is one class; Winograd on flipped filters beats it at 3x3.
-#include "../conv_backward.h"
+// Groups one after another; those that share a vector are dgrad_grouped.cpp's.
 #include "conv_direct.h"
+#include "grouped.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -40,12 +41,15 @@ template <class Word>
 struct Class {
   int64_t h0, w0;
   Axis h, w;
+  int64_t filters, channels, panels;  // of a group
   int64_t rows, chunks, words;
   Class(const ConvShape& s, int64_t h0_, int64_t w0_) : h0(h0_), w0(w0_) {
     h = axis_of(h0, s.H, s.R, s.stride_h, s.pad_h, s.dilation_h);
     w = axis_of(w0, s.W, s.S, s.stride_w, s.pad_w, s.dilation_w);
+    filters = s.K / s.groups, channels = s.C / s.groups;
+    panels = ceil_div(channels, int64_t(kPanel));
     rows = s.N * h.count * w.count;
-    chunks = ceil_div(int64_t(h.taps * w.taps) * s.K, int64_t(kChunk<Word>));
+    chunks = ceil_div(int64_t(h.taps * w.taps) * filters, int64_t(kChunk<Word>));
     words = chunks * kLanes;
   }
 };
@@ -65,26 +69,26 @@ RF_INLINE void put_words(Pair* to, const float* w, int64_t next) {
 }
 #endif
 
-// The class's filters as [panel of input channels][word of (tap, k)][kPanel], zeros beyond.
+// The class's filters as [panel of a group's input channels][word of (tap, k)][kPanel], zeros beyond.
 template <class Word>
 void pack_panel(const DgradArgs& a, const Class<Word>& k, int64_t panel, Word* packed) {
   using Element = typename WordOf<Word>::Element;
   constexpr int kElements = WordOf<Word>::kElements;
-  const ConvShape& s = a.shape;
-  const int64_t c0 = panel * kPanel;
-  const int cols = int(smaller(int64_t(kPanel), s.C - c0));
+  const int64_t group = panel / k.panels, c0 = panel % k.panels * kPanel;
+  const int cols = int(smaller(int64_t(kPanel), k.channels - c0));
   Element* out = reinterpret_cast<Element*>(packed + panel * k.words * kPanel);
-  const int64_t depth = int64_t(k.h.taps * k.w.taps) * s.K;
+  const int64_t depth = int64_t(k.h.taps * k.w.taps) * k.filters;
   std::memset(out + depth / kElements * kPanel * kElements, 0,
               size_t(k.words * kElements - depth / kElements * kElements) * kPanel * sizeof(Element));
   if (cols < kPanel) std::memset(out, 0, size_t(k.words) * kPanel * kElements * sizeof(Element));
   int64_t d = 0;
   for (int i = 0; i < k.h.taps; ++i) {
     for (int j = 0; j < k.w.taps; ++j) {
-      const float* w = a.w + k.h.tap[i] * a.stride_r + k.w.tap[j] * a.stride_s + c0 * a.stride_c;
-      for (int64_t n = 0; n < s.K; ++n, ++d, w += a.stride_k) {
+      const float* w =
+          a.w + group * k.filters * a.stride_k + k.h.tap[i] * a.stride_r + k.w.tap[j] * a.stride_s + c0 * a.stride_c;
+      for (int64_t n = 0; n < k.filters; ++n, ++d, w += a.stride_k) {
         Element* to = out + d / kElements * kPanel * kElements + d % kElements;
-        if (a.stride_c == 1 && cols == kPanel && d % kElements == 0 && n + kElements <= s.K) {
+        if (a.stride_c == 1 && cols == kPanel && d % kElements == 0 && n + kElements <= k.filters) {
           put_words(reinterpret_cast<Word*>(to), w, a.stride_k);
           n += kElements - 1, d += kElements - 1, w += (kElements - 1) * a.stride_k;
         } else {
@@ -122,9 +126,9 @@ void gather_tile(const ConvShape& s, const Class<Word>& k, const T* dy, int64_t 
       for (int j = 0; j < k.w.taps; ++j) {
         const int64_t q = at.j + k.w.offset[j];
         if (p < 0 || p >= s.P || q < 0 || q >= s.Q)
-          writer.zeros(s.K);
+          writer.zeros(k.filters);
         else
-          writer.copy(dy + ((at.n * s.P + p) * s.Q + q) * s.K, s.K);
+          writer.copy(dy + ((at.n * s.P + p) * s.Q + q) * s.K, k.filters);
       }
     }
     writer.finish();
@@ -161,27 +165,30 @@ void run_class(const DgradArgs& a, const Class<Word>& k, const Team& team, Word*
     scatter_tile(s, k, dx, mine.begin, mine.end, 0, s.C, nullptr);
     return;
   }
-  const int64_t panels = ceil_div(s.C, int64_t(kPanel));
-  const Range to_pack = team.share(panels);
+  const Range to_pack = team.share(s.groups * k.panels);
   for (int64_t panel = to_pack.begin; panel < to_pack.end; ++panel) pack_panel(a, k, panel, packed);
   team.sync();
   alignas(64) float sums[kTileRows * kPanel];
-  const int64_t step = Blocks(mine.size(), block_rows).step;
+  const int64_t step = Blocks(mine.size(), block_rows).step, panel_words = k.words * kPanel;
   for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
     const int64_t end = smaller(begin + step, mine.end);
     const TileRows tiles(end - begin);
-    for (int64_t t = 0; t < tiles.tiles; ++t)
-      gather_tile(s, k, dy, begin + tiles.first(t), begin + tiles.first(t + 1), block + tiles.first(t) * k.words);
-    Ahead ahead;
-    ahead.weights_step = Ahead::step(k.words * kPanel * int64_t(sizeof(Word)), tiles.tiles * k.words);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t c0 = panel * kPanel, c1 = smaller(c0 + kPanel, s.C);
-      ahead.weights = reinterpret_cast<const char*>(packed + (panel + 1) % panels * k.words * kPanel);
-      for (int64_t t = 0; t < tiles.tiles; ++t) {
-        const int64_t first = tiles.first(t), last = tiles.first(t + 1);
-        kSumTiles<Word>.at[last - first](block + first * k.words, packed + panel * k.words * kPanel, k.chunks, sums,
-                                         ahead);
-        scatter_tile(s, k, dx, begin + first, begin + last, c0, c1, sums);
+    for (int64_t group = 0; group < s.groups; ++group) {
+      const Word* filters = packed + group * k.panels * panel_words;
+      for (int64_t t = 0; t < tiles.tiles; ++t)
+        gather_tile(s, k, dy + group * k.filters, begin + tiles.first(t), begin + tiles.first(t + 1),
+                    block + tiles.first(t) * k.words);
+      Ahead ahead;
+      ahead.weights_step = Ahead::step(panel_words * int64_t(sizeof(Word)), tiles.tiles * k.words);
+      for (int64_t panel = 0; panel < k.panels; ++panel) {
+        const int64_t c0 = panel * kPanel, c1 = smaller(c0 + kPanel, k.channels);
+        ahead.weights = reinterpret_cast<const char*>(filters + (panel + 1) % k.panels * panel_words);
+        for (int64_t t = 0; t < tiles.tiles; ++t) {
+          const int64_t first = tiles.first(t), last = tiles.first(t + 1);
+          kSumTiles<Word>.at[last - first](block + first * k.words, filters + panel * panel_words, k.chunks, sums,
+                                           ahead);
+          scatter_tile(s, k, dx + group * k.channels, begin + first, begin + last, c0, c1, sums);
+        }
       }
     }
   }
@@ -196,7 +203,7 @@ void dgrad_any(const DgradArgs& a) {
     for (int64_t w = 0; w < s.stride_w; ++w) most_words = larger(most_words, Class<Word>(s, h, w).words);
   const int64_t fit = kBlockBytes / int64_t(sizeof(Word)) / larger(most_words, int64_t(1));
   most_rows = larger(fit / kTileRows * kTileRows, most_rows);
-  const int64_t panels = ceil_div(s.C, int64_t(kPanel));
+  const int64_t panels = s.groups * ceil_div(s.C / s.groups, int64_t(kPanel));
   const int64_t packed_floats = panels * most_words * kPanel * int64_t(sizeof(Word)) / 4;
   const int64_t block_floats = most_rows * most_words * int64_t(sizeof(Word)) / 4 + 16;
   float* buffer = scratch(size_t(packed_floats + a.threads * block_floats));
@@ -212,12 +219,16 @@ void dgrad_any(const DgradArgs& a) {
 }  // namespace
 
 const char* dgrad_why_not(const ConvShape& s, DType) {
-  if (s.groups != 1) return "grouped convolutions are left to torch";
+  if (!dgrad_grouped_why_not(s)) return nullptr;
+  if (const char* reason = narrow_groups_why_not(s)) return reason;
   if (s.R > kMostTaps || s.S > kMostTaps) return "filters of more than 64 rows or columns are left to torch";
   return nullptr;
 }
 
-void dgrad(const DgradArgs& a) { a.dtype == DType::f32 ? dgrad_any<float, float>(a) : dgrad_any<bf16, Bf16Word>(a); }
+void dgrad(const DgradArgs& a) {
+  if (!dgrad_grouped_why_not(a.shape)) return dgrad_grouped(a);
+  a.dtype == DType::f32 ? dgrad_any<float, float>(a) : dgrad_any<bf16, Bf16Word>(a);
+}
 
 }  // namespace RF_ISA
 }  // namespace rf

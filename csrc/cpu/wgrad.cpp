@@ -8,9 +8,11 @@
 // tiles read them with stride 1: dozens of streams to write; 56x56, 64 to 256 took 11.3 ms in float32, of which the
 // tiles took 7.4. bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not.
 // There one operand only is packed, the narrower one: the tiles join the other's pixels in registers, and where that is
-// dy they make dw turned, rows (r, s, c) by panels of filters.
+// dy they make dw turned, rows (r, s, c) by panels of filters. Groups of as many filters as channels that a vector
+// holds whole, or that vectors fill, are wgrad_grouped.cpp's: here panels of so few columns stay empty.
 #include "../conv_backward.h"
 #include "conv_algorithms.h"
+#include "grouped.h"
 #include "scratch.h"
 #include "wgrad_tile.h"
 
@@ -290,13 +292,13 @@ void wgrad_any(const WgradArgs& a) {
 }  // namespace
 
 const char* wgrad_why_not(const ConvShape& s, DType) {
-  // Grouped 3x3 of 4, 8, 16 and 32 channels a group ran at 4, 11, 26 and 79 GFLOP/s: panels of so few columns stay
-  // empty.
-  if (s.groups > 1 && s.C / s.groups < 16) return "groups of fewer than 16 input channels are left to torch";
-  return nullptr;
+  return wgrad_grouped_why_not(s) ? narrow_groups_why_not(s) : nullptr;
 }
 
-void wgrad(const WgradArgs& a) { a.dtype == DType::f32 ? wgrad_any<float, float>(a) : wgrad_any<bf16, Bf16Word>(a); }
+void wgrad(const WgradArgs& a) {
+  if (!wgrad_grouped_why_not(a.shape) && !std::getenv("RF_X")) return wgrad_grouped(a);
+  a.dtype == DType::f32 ? wgrad_any<float, float>(a) : wgrad_any<bf16, Bf16Word>(a);
+}
 
 }  // namespace RF_ISA
 }  // namespace rf

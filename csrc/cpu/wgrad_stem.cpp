@@ -16,6 +16,7 @@ namespace RF_ISA {
 namespace {
 
 constexpr int64_t kBlockRows = 4, kMostChunks = 64;
+constexpr int64_t kLeastPixels = 256;  // a sum of ten has a third of the rounding errors of its transforms
 
 struct Plan : StemRows {
   const ConvShape& s;
@@ -40,13 +41,15 @@ struct Plan : StemRows {
 // sums[row][K] += x[row] dy over the tiles of several rows of outputs. x: a point's first tile of the strip's first
 // row.
 template <int kRows>
-void sum_rows(const Plan& p, const float* x, const float* dy, int64_t rows, float* sums) {
+void sum_rows(const Plan& p, const float* x, const float* dy, int64_t rows, float* sums, Stream& ahead) {
+  Stream next = ahead;  // in registers
   Vec acc[kRows][2];
   RF_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = zero();
   const int64_t line = p.line, wide = p.s.K;
   for (int64_t row = 0; row < rows; ++row, x += p.s.stride_h * kChannels * line) {
     for (int64_t t = 0; t < p.tiles; ++t, dy += wide) {
       const Vec d0 = load(dy), d1 = load(dy + kLanes);
+      next.fetch();
       RF_UNROLL for (int r = 0; r < kRows; ++r) {
         const Vec v = broadcast(x[r * line + t]);
         acc[r][0] = fma(v, d0, acc[r][0]);
@@ -58,10 +61,11 @@ void sum_rows(const Plan& p, const float* x, const float* dy, int64_t rows, floa
     store(sums, load(sums) + acc[r][0]);
     store(sums + kLanes, load(sums + kLanes) + acc[r][1]);
   }
+  ahead = next;
 }
 
 struct SumRows {
-  void (*at[kTileRows + 1])(const Plan&, const float*, const float*, int64_t, float*);
+  void (*at[kTileRows + 1])(const Plan&, const float*, const float*, int64_t, float*, Stream&);
   template <int... I>
   static constexpr SumRows make(std::integer_sequence<int, I...>) {
     return {{nullptr, sum_rows<I + 1>...}};
@@ -92,6 +96,9 @@ class Run {
     const Range mine = team.share(p_.chunks);
     for (int64_t i = mine.begin; i < mine.end; ++i) compute(i);
     team.sync();
+    const Range rows = team.share(kPoints * p_.depth);
+    for (int64_t i = rows.begin; i < rows.end; ++i) join(sums_ + i * s_.K);
+    team.sync();
     const Range outputs = team.share(p_.depth);
     for (int64_t i = outputs.begin; i < outputs.end; ++i) write(i);
   }
@@ -106,13 +113,17 @@ class Run {
       const int64_t count = smaller(smaller(kBlockRows, s_.P - first), end - row);
       p_.transform(s_, static_cast<const float*>(a_.x), n, {first, first + count}, v_);
       for (int64_t i = 0; i < count; ++i) transform_dy(row + i, dy_points_ + i * p_.tiles * s_.K);
+      // The rows after these come into L2 meanwhile.
+      const int64_t coming = smaller(kBlockRows, p_.rows - row - count) * s_.Q * s_.K * int64_t(sizeof(float));
+      const int64_t sweeps = kPoints * s_.K / kPanel * p_.strips.count;
+      Stream ahead(static_cast<const float*>(a_.dy) + (row + count) * s_.Q * s_.K, coming, sweeps * count * p_.tiles);
       for (int point = 0; point < kPoints; ++point)
         for (int64_t k = 0; k < s_.K; k += kPanel)
           for (int64_t strip = 0; strip < p_.strips.count; ++strip) {
             const int64_t at = p_.strips.first(strip);
             kSumRows.at[p_.strips.height(strip)](p_, v_ + point * p_.point + at * p_.line,
                                                  dy_points_ + point * p_.dy_point + k, count,
-                                                 sums + (point * p_.depth + at) * s_.K + k);
+                                                 sums + (point * p_.depth + at) * s_.K + k, ahead);
           }
       row += count;
     }
@@ -132,15 +143,19 @@ class Run {
     }
   }
 
+  // All chunks' sums of a row, in their order, to the first's.
+  void join(float* sums) const {
+    for (int64_t chunk = 1; chunk < p_.chunks; ++chunk)
+      for (int64_t k = 0; k < s_.K; k += kLanes) store(sums + k, load(sums + k) + load(sums + chunk * p_.sums() + k));
+  }
+
   // dw of row r and channel c, i = r * kChannels + c, of all filters.
   void write(int64_t i) const {
     static const StemFilter filter;
     for (int64_t k = 0; k < s_.K; ++k) {
       double taps[kTaps] = {};
       for (int point = 0; point < kPoints; ++point) {
-        double total = 0;
-        for (int64_t chunk = 0; chunk < p_.chunks; ++chunk)
-          total += double(sums_[chunk * p_.sums() + (point * p_.depth + i) * s_.K + k]);
+        const double total = sums_[(point * p_.depth + i) * s_.K + k];
         for (int t = 0; t < kTaps; ++t) taps[t] += filter.g[point][t] * total;
       }
       float* out = a_.dw + k * a_.stride_k + i % kChannels * a_.stride_c + i / kChannels * a_.stride_r;
@@ -172,6 +187,7 @@ class Run {
 const char* wgrad_stem_why_not(const ConvShape& s, DType t) {
   if (t != DType::f32) return "Winograd along a stem's rows is for float32";
   if (s.K % kPanel != 0) return "Winograd along a stem's rows needs filters that fill whole panels";
+  if (s.N * s.P * s.Q < kLeastPixels) return "few pixels do not pay for Winograd along a stem's rows";
   if (s.planar) return "Winograd along a stem's rows reads NHWC in backward";
   return stem_lines_why_not(s);
 }

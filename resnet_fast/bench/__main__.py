@@ -86,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
             "--at-most", type=float, metavar="MINUTES", help="engines not ready by then are left out [no limit]"
         )
         p.add_argument(
-            "--exact", action="store_true", help="no Winograd or Strassen convolutions; the law is then twice eager's error"
+            "--exact",
+            action="store_true",
+            help="no Winograd or Strassen convolutions; the law is then twice eager's error",
         )
         p.add_argument("--plot", type=Path, metavar="FILE", help="PNG, SVG or PDF")
         if name == "suite":

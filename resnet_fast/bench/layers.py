@@ -112,5 +112,5 @@ def main(args: argparse.Namespace, device: str) -> int:
 
 LEGEND = """
 Medians, each step between the steps it runs between, filters packed beforehand. GFLOP/s: those of the direct convolution;
-Winograd and Strassen compute fewer, so that % peak can exceed 100. % roof: the longer of computing the direct convolution and moving
-input, output and filters once, over the time. Residual, ReLU and a pool behind a convolution are in its step."""
+Winograd and Strassen compute fewer, so that % peak can exceed 100. % roof: the longer of computing the direct convolution
+and moving input, output and filters once, over the time. Residual, ReLU and a pool behind a convolution are in its step."""

@@ -85,7 +85,9 @@ def test_data_gradient_at_stride_1(case, dtype):
             assert ((added.float() - sum_).abs() <= 2**-7 * (want.float().abs() + sum_.abs())).all()
 
 
-STRIDED = [c for c in CASES if (c.stride != (1, 1) or min(turned(c).pad) < 0) and c.groups == 1] + [
+#: Narrow groups of as many filters as channels, and wide ones: what the gradient kernels take of groups.
+GROUPED = [c for c in CASES if c.groups > 1 and ((c.C == c.K and 16 % (c.C // c.groups) == 0) or c.C // c.groups >= 16)]
+STRIDED = [c for c in CASES if (c.stride != (1, 1) or min(turned(c).pad) < 0) and (c.groups == 1 or c in GROUPED)] + [
     Case(2, 30, 30, 16, 24, 3, 3, stride=(2, 2), **P1),  # by Winograd
     LARGE[1],
 ]
@@ -115,7 +117,7 @@ def weight_gradient(case: Case, dy, x, like, exact=False, threads=1):
     return dw, _C.conv_weight_gradient(case.sizes, DTYPES.index(x.dtype), *place, exact, threads)
 
 
-WEIGHTED = [c for c in CASES if c.groups == 1 or c.C // c.groups >= 16]
+WEIGHTED = [c for c in CASES if c.groups == 1 or c in GROUPED]
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -124,8 +126,9 @@ WEIGHTED = [c for c in CASES if c.groups == 1 or c.C // c.groups >= 16]
 def test_weight_gradient(case, dtype, exact):
     given, number = inputs(case, dtype), DTYPES.index(dtype)
     dy, x, w = torch.randn(case.N, case.K, *case.out).to(dtype), given["x"], given["w"]
-    winograd = not exact and _C.conv_wgrad_winograd_why_not(case.sizes, number) is None
-    kernel = _C.conv_wgrad_winograd if winograd else _C.conv_wgrad
+    faster = [] if exact else ["_winograd", "_strassen", "_stem"]
+    able = [f for f in faster if getattr(_C, f"conv_wgrad{f}_why_not")(case.sizes, number) is None]
+    kernel = getattr(_C, f"conv_wgrad{able[0]}" if able else "conv_wgrad")
     for layout in LAYOUTS:
         like = w.contiguous(memory_format=layout)
         want, last = torch.full_like(like, math.nan), (nhwc(dy), nhwc(x))
@@ -134,15 +137,17 @@ def test_weight_gradient(case, dtype, exact):
         assert torch.equal(dw, want) and finite
 
 
+@pytest.mark.parametrize(
+    "case", [Case(2, 8, 7, 16, 24, 3, 3, **P1), Case(2, 8, 7, 16, 16, 3, 3, groups=4, **P1)], ids=str
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-def test_what_is_not_finite_is_told(dtype, exact, value):
+def test_what_is_not_finite_is_told(dtype, exact, value, case):
     """Wherever it is in dy or in a pixel of x that a tap reads; of 1x1 filters there is nothing to tell."""
-    case = Case(2, 8, 7, 16, 24, 3, 3, **P1)
     for _ in range(8):
-        x, w = torch.randn(2, 16, 8, 7).to(dtype), torch.randn(24, 16, 3, 3)
-        dy = torch.randn(2, 24, *case.out).to(dtype)
+        x, w = torch.randn(2, 16, 8, 7).to(dtype), torch.randn(case.K, 16 // case.groups, 3, 3)
+        dy = torch.randn(2, case.K, *case.out).to(dtype)
         assert weight_gradient(case, dy, x, w, exact)[1]
         for tensor in (x, dy):
             at = tuple(int(torch.randint(size, (1,))) for size in tensor.shape)

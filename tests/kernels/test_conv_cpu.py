@@ -109,11 +109,7 @@ def test_nan_and_infinity_reach_the_outputs_they_should(case, dtype, algorithm, 
     # Wherever eager is not finite, so are we (Winograd and Strassen may make an infinity NaN); far away nothing changes.
     assert not y[~expected.isfinite()].isfinite().any()
     clean = dict(operands, x=operands["x"].nan_to_num(0.0, 0.0, 0.0))
-    far = (
-        ~F.max_pool2d(touched.float(), 2 * FAR + 1, 1, FAR).bool()
-        if is_inexact(algorithm)
-        else ~touched
-    )
+    far = ~F.max_pool2d(touched.float(), 2 * FAR + 1, 1, FAR).bool() if is_inexact(algorithm) else ~touched
     assert torch.equal(y[far], conv(case, default(algorithm), relu=True, **clean)[far])
 
 

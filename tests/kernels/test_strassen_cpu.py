@@ -186,7 +186,7 @@ def test_weight_gradient_refuses(change, reason):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("spoiled", ["dy", "x"])
 def test_a_weight_gradient_that_spreads_says_so(spoiled, value):
-    """conv_weight_gradient: False, and the caller computes it otherwise, wherever the value lies; exact, which mixes nothing, True."""
+    """conv_weight_gradient: False, and the caller computes it otherwise, wherever the value lies; with exact True."""
     shape = (2, 3, 3, 256, 256, 1, 1, 3, 3, 1, 1, 0, 0, 1, 1, 1)
     dw = torch.empty(256, 256)
     for pixel in (0, 3):

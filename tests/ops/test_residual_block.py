@@ -30,6 +30,12 @@ CASES = {
     "dilated": ((2, 16, 11, 9), [(8, 1, 1, 0, 1, 1), (8, 3, 1, 2, 2, 1), (16, 1, 1, 0, 1, 1)], None),
     "groups": ((2, 32, 7, 7), [(32, 1, 1, 0, 1, 1), (32, 3, 1, 1, 1, 2), (32, 1, 1, 0, 1, 1)], None),
     "narrow groups": ((2, 16, 7, 7), [(16, 1, 1, 0, 1, 1), (16, 3, 1, 1, 1, 4), (16, 1, 1, 0, 1, 1)], None),
+    "strided narrow groups": (
+        (2, 16, 9, 7),
+        [(16, 1, 1, 0, 1, 1), (16, 3, 2, 1, 1, 4), (24, 1, 1, 0, 1, 1)],
+        (24, 1, 2),
+    ),
+    "groups of three": ((2, 12, 7, 7), [(12, 1, 1, 0, 1, 1), (12, 3, 1, 1, 1, 4), (12, 1, 1, 0, 1, 1)], None),
 }
 
 
@@ -111,10 +117,10 @@ def test_float32_by_the_law(case, backend):
         with backends.record() as ran:
             refused = _refused(partial(ours, case), make())
         if refused is not None:
-            assert case == "narrow groups" and "groups of fewer than 16" in refused
+            assert case == "groups of three" and "narrow groups" in refused
             return
         whole = ("residual_block", "bwd", "cpu") in ran
-        assert whole == (backend != "eager" and case != "narrow groups" and native is None)
+        assert whole == (backend != "eager" and case != "groups of three" and native is None)
         check.compare(partial(ours, case), partial(plain, case), make, list(make()))
 
 
