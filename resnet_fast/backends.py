@@ -38,6 +38,7 @@ ORDER = ("cuda", "cudnn", "triton", "cpu", "onednn", "eager")
 #: Names a user may ask for.
 BACKENDS = ("auto", *ORDER)
 _ROUNDS = 3
+_CLEARLY = 0.95
 _MOST_REMEMBERED = 10_000
 
 _local = threading.local()
@@ -208,7 +209,8 @@ def run_whole(op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
     """Run a door of a composed operator in one room where one has it whole, else by `parts()`, other operators' doors.
 
     Where both are possible the faster is measured once, as everywhere; without a measurement it is the parts, or the room
-    where it says so (`whole_unmeasured(door)`). (The eager room is the specification; its parts have eager rooms of their own.)
+    where it says so (`whole_unmeasured(door)`), which then also stays where the parts are not clearly faster. (The eager
+    room is the specification; its parts have eager rooms of their own.)
     """
     name = forced()
     rooms, quick = (ORDER, _quick(op, door, args)) if name is None else ((name,), None)
@@ -228,12 +230,21 @@ def run_whole(op: str, door: str, parts: Callable[[], Any], *args: Any) -> Any:
         _remember(quick, choice if choice in able else "parts")
     if choice is None and _choices.measuring() and not _capturing(args):
         parts()  # once before the clock: what its own operators choose is measured then
-        choice = fastest([*able, "parts"], lambda r: parts() if r == "parts" else _call(op, r, door, args), args)
+
+        def call(name: str) -> Any:
+            return parts() if name == "parts" else _call(op, name, door, args)
+
+        choice = fastest([*able, "parts"], call, args, rather=_unmeasured(op, door, able))
         log.debug("%s -> %s", key, choice)
         _choices.put(key, choice)
     if choice is None:
-        choice = next((r for r in able if getattr(room(op, r), "whole_unmeasured", lambda door: False)(door)), None)
+        choice = _unmeasured(op, door, able)
     return _call(op, choice, door, args) if choice in able else parts()
+
+
+def _unmeasured(op: str, door: str, able: list[str]) -> str | None:
+    """The room that has the door whole and says that it needs no measurement, if one does."""
+    return next((r for r in able if getattr(room(op, r), "whole_unmeasured", lambda door: False)(door)), None)
 
 
 def _quick(op: str, door: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -268,8 +279,12 @@ def forget() -> None:
     _remembered.clear()
 
 
-def fastest(names: list[str], call: Callable[[str], Any], args: tuple[Any, ...]) -> str:
-    """The name whose call is fastest, interleaved, after one call each that warms up; `args`: tensors that tell the device."""
+def fastest(names: list[str], call: Callable[[str], Any], args: tuple[Any, ...], *, rather: str | None = None) -> str:
+    """The name whose call is fastest, interleaved, after one call each that warms up; `args`: tensors that tell the device.
+
+    `rather` stays unless another clearly is faster: what it saves between its parts, an interpreter that finds its caches
+    cold, costs little in a loop that does nothing else, and two clocks of the same kernels differ by a few percent.
+    """
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     best = dict.fromkeys(names, float("inf"))
     for turn in range(_ROUNDS + 1):
@@ -277,7 +292,8 @@ def fastest(names: list[str], call: Callable[[str], Any], args: tuple[Any, ...])
             seconds, _ = _timed(lambda name=name: call(name), device)
             if turn:
                 best[name] = min(best[name], seconds)
-    return min(names, key=best.get)
+    winner = min(names, key=best.get)
+    return rather if rather is not None and best[winner] > _CLEARLY * best[rather] else winner
 
 
 def _call(op: str, name: str, door: str, args: tuple[Any, ...]) -> Any:

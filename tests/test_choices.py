@@ -22,6 +22,14 @@ def test_the_fastest_room_is_kept(monkeypatch):
     assert [backends._choices.get(backends.signature("fake", "fwd", (X,)))] == ["onednn"]
 
 
+@pytest.mark.parametrize("parts,kept", [(0.010, "parts"), (0.0199, "room"), (0.018, "parts")])
+def test_a_room_that_needs_no_measurement_stays_unless_clearly_slower(monkeypatch, parts, kept):
+    seconds = {"room": 0.020, "parts": parts}
+    monkeypatch.setattr(backends, "_timed", lambda call, device: (seconds[call()], None))
+    assert backends.fastest(["room", "parts"], lambda name: name, (X,), rather="room") == kept
+    assert backends.fastest(["room", "parts"], lambda name: name, (X,)) == "parts"
+
+
 def test_never_slower_than_eager(monkeypatch):
     fake_rooms(monkeypatch, cpu=0.01, eager=0.0)
     backends.run("fake", "fwd", X)
