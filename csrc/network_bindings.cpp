@@ -173,7 +173,8 @@ void bind_network(py::module_& m) {
             return n.plan(N, H, W, threads, exact, tune, given);
           },
           "N"_a, "H"_a, "W"_a, "threads"_a, "exact"_a = false, "tune"_a = 0, "choices"_a = py::dict(),
-          "exact: no Winograd, no Strassen. tune: 0 heuristics, 1 seconds of measuring, 2 longer. choices: {value: {algorithm, "
+          "exact: no Winograd, no Strassen. tune: 0 heuristics, 1 seconds of measuring, 2 longer. choices: {value: "
+          "{algorithm, "
           "block_rows, block_cols, split_cols, images}}, any part of Plan.choices(); what is given is not tuned.")
       .def_property_readonly("packed_bytes", &Network::packed_bytes,
                              "Packed weights held by plans, shared between them.")

@@ -13,7 +13,9 @@ extern const ConvKernels kConvKernels;  // conv.cpp
 
 namespace {
 
-constexpr size_t kLeastFilters = 8u << 20, kMostTiles = 6u << 20;  // bytes: worth it; transformed tiles stay in L3
+// Bytes: worth it; transformed tiles stay in L3, or are few beside filters that would not (3x3 of stride 2, 512
+// channels: 85 MB of them packed, as fast either way).
+constexpr size_t kLeastFilters = 8u << 20, kMostTiles = 6u << 20, kMostTilesOfMany = 12u << 20;
 
 template <class H, class W, class Word>
 struct Streamed {
@@ -34,7 +36,9 @@ struct Streamed {
     return c;
   }
   size_t scratch_bytes(int threads) const {
-    if (plan.weight_bytes() < kLeastFilters || plan.v_bytes > kMostTiles || plan.panels < threads) return 0;
+    const size_t filters = plan.weight_bytes();
+    const size_t most = filters >= 4 * plan.v_bytes ? kMostTilesOfMany : kMostTiles;
+    if (filters < kLeastFilters || plan.v_bytes > most || plan.panels < threads) return 0;
     return plan.scratch_bytes(config, threads) + panel_bytes * size_t(threads);
   }
 };
