@@ -296,7 +296,7 @@ const char* wgrad_why_not(const ConvShape& s, DType) {
 }
 
 void wgrad(const WgradArgs& a) {
-  if (!wgrad_grouped_why_not(a.shape) && !std::getenv("RF_X")) return wgrad_grouped(a);
+  if (!wgrad_grouped_why_not(a.shape)) return wgrad_grouped(a);
   a.dtype == DType::f32 ? wgrad_any<float, float>(a) : wgrad_any<bf16, Bf16Word>(a);
 }
 
