@@ -7,8 +7,8 @@
 // floats for 4, and every thread then runs its own tiles over all of the block. A tile has one owner and one order of
 // blocks: the same bits for any team. Packing is what it costs: few filters or channels gain nothing.
 #include "../conv_backward.h"
-#include "conv_algorithms.h"
 #include "scratch.h"
+#include "strassen.h"
 #include "wgrad_tile.h"
 
 namespace rf {
@@ -16,7 +16,7 @@ namespace RF_ISA {
 
 namespace {
 
-constexpr int kProducts = 7, kPacked = 5;
+constexpr int kPacked = 5;  // sums of each operand; the others are quarters as they lie
 constexpr int kTile = kTileRows * kPanel;
 // Multiply-adds of a pixel for each value packed. 85 and 102 gained 0.97 to 1.03, 170 and 205 1.05, 410 1.13.
 constexpr int64_t kLeastWork = 128;
@@ -165,10 +165,7 @@ class Run {
 }  // namespace
 
 const char* wgrad_strassen_why_not(const ConvShape& s, DType t) {
-  if (t != DType::f32) return "strassen rounds too often for bfloat16";
-  if (s.R * s.S * s.stride_h * s.stride_w != 1 || s.pad_h + s.pad_w != 0)
-    return "strassen takes 1x1 filters at stride 1 without padding";
-  if (s.groups != 1) return "strassen takes one group";
+  if (const char* why = strassen_why_not(s, t)) return why;
   if (s.C % (2 * kPanel) != 0 || s.K % (2 * kLanes) != 0)
     return "strassen halves channels and filters into whole panels and vectors";
   if (s.K * s.C < kLeastWork * (s.K + s.C)) return "few channels do not pay for strassen's sums";
