@@ -46,21 +46,25 @@ struct Tile {
   int64_t chunk, row_begin, row_end, col_begin, col_end;
 };
 
-// This thread's tiles: chunks of rows, the first and last of them perhaps cut in columns.
+// The team's tiles: chunks of rows, the first and last of a thread's share perhaps cut in columns.
 // Backwards when `reverse`: a second pass then begins with what the first one left in the caches.
 template <class Body>
 inline void for_tiles(const Team& team, const Grid& grid, bool reverse, const Body& body) {
   const int64_t cuts = (grid.channels + kColumnGrain - 1) / kColumnGrain;
-  const Range units = team.share(grid.chunks * cuts);
-  if (units.begin >= units.end) return;
-  const int64_t first = units.begin / cuts, last = (units.end - 1) / cuts;
-  for (int64_t i = first; i <= last; ++i) {
+  const auto units_of = [&](int owner) { return team.share_of(owner, grid.chunks * cuts); };
+  const auto chunks_of = [&](int owner) {
+    const Range units = units_of(owner);
+    return units.begin < units.end ? (units.end - 1) / cuts - units.begin / cuts + 1 : 0;
+  };
+  team.each_piece(chunks_of, [&](int owner, int64_t piece) {
+    const Range units = units_of(owner);
+    const int64_t first = units.begin / cuts, last = (units.end - 1) / cuts, i = first + piece;
     const int64_t chunk = reverse ? first + last - i : i;
     const int64_t cut_begin = chunk == first ? units.begin - first * cuts : 0;
     const int64_t cut_end = chunk == last ? units.end - last * cuts : cuts;
     body(Tile{chunk, chunk * grid.step, chunk * grid.step + grid.chunk_size(chunk), cut_begin * kColumnGrain,
               least(cut_end * kColumnGrain, grid.channels)});
-  }
+  });
 }
 
 // Vectors of a row: whole ones, then a masked tail.

@@ -55,8 +55,7 @@ static void forward(const BnActMaxPoolArgs& a) {
   const Affine k = {at, at + padded, at + 2 * padded};
   find_constants(k, s.C, a.gamma, a.beta, a.mean, a.var, a.eps);
   parallel(a.threads, [&](const Team& team) {
-    const Range rows = team.share(s.N * s.P);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
+    team.each(s.N * s.P, [&](int64_t row) {
       const int64_t h = row % s.P * s.stride_h - s.pad_h;
       const Range taps_h = valid_taps(h, s.dilation_h, s.R, s.H);
       for (int64_t q = 0; q < s.Q; ++q) {
@@ -65,7 +64,7 @@ static void forward(const BnActMaxPoolArgs& a) {
         forward_pixel<keep_places>(s, k, corner, taps_h, valid_taps(w, s.dilation_w, s.S, s.W),
                                    static_cast<T*>(a.y) + out, keep_places ? a.places + out : nullptr);
       }
-    }
+    });
   });
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 #include "conv_algorithms.h"
 #include "moments.h"
+#include "row_shares.h"
 
 namespace rf {
 namespace RF_ISA {
@@ -357,14 +358,15 @@ void direct_run(const ConvArgs& a, const Team& team) {
   Word* block = reinterpret_cast<Word*>(scratch + team.rank * odd_lines(size_t(block_rows * p.words) * sizeof(Word)));
   // With moments chunk by chunk, whose rows are added up while they are in the caches.
   const Grid grid(p.rows, s.K);
-  const Range mine = team.share(p.rows, a.moments ? grid.step : share_grain(p.rows, team.size));
-  const int64_t piece = a.moments ? grid.step : mine.size();
-  for (int64_t from = mine.begin; from < mine.end; from += piece) {
-    const Range rows{from, smaller(from + piece, mine.end)};
+  const RowShares shares(team, p.rows, a.moments ? grid.step : 0, block_rows);
+  const auto pieces = [&](int owner) { return shares.pieces(owner); };
+  team.each_piece(pieces, [&](int owner, int64_t i) {
+    const Range rows = shares.piece(owner, i);
+    const int64_t next = shares.of(owner).end;
     const int64_t step = round_up(Blocks(rows.size(), block_rows).step, a.moments ? int64_t(kGroupRows) : int64_t(1));
     for (int64_t begin = rows.begin; begin < rows.end; begin += step) {
       const int64_t end = smaller(begin + step, rows.end);
-      Upcoming up = direct_upcoming<T>(a, end, smaller(end + step, mine.end));
+      Upcoming up = direct_upcoming<T>(a, end, smaller(end + step, next));
       up.share(s.groups * p.panels * TileRows(end - begin).tiles);
       for (int64_t group = 0; group < s.groups; ++group) {
         direct_gather<T, Word>(s, p, x, a.norm, group, begin, end, block);
@@ -372,13 +374,13 @@ void direct_run(const ConvArgs& a, const Team& team) {
           direct_multiply<T, Word>(a, p, group, begin, end, first, smaller(first + block_panels, p.panels), block, up);
       }
       if (!a.moments) continue;
-      const Moments m = moments_of(a.moments, grid, from / grid.step);
+      const Moments m = moments_of(a.moments, grid, rows.begin / grid.step);
       const T* y = static_cast<const T*>(a.y);
       const Tile done{0, begin, end, 0, s.K};
       if (begin == rows.begin) start_moments(y + begin * s.K, s.K, rows.size(), done, m);
       add_moments(y, s.K, done, m);
     }
-  }
+  });
 }
 
 }  // namespace RF_ISA

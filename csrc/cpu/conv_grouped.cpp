@@ -93,14 +93,13 @@ class Run {
       : a_(args), s_(args.shape), p_(plan_of(args.shape, args.dtype, args.config)) {
     rows_ = reinterpret_cast<Word*>(static_cast<char*>(a_.scratch) + p_.buffer_bytes * size_t(team.rank));
     const int64_t blocks = ceil_div(s_.P, p_.block_rows);
-    const Range mine = team.share(s_.N * blocks * p_.vectors);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
+    team.each(s_.N * blocks * p_.vectors, [&](int64_t i) {
       const int64_t vector = i % p_.vectors, block = i / p_.vectors % blocks, n = i / p_.vectors / blocks;
       const Range out = {block * p_.block_rows, smaller((block + 1) * p_.block_rows, s_.P)};
       channels_ = int(smaller(s_.C - vector * kLanes, int64_t(kLanes)));
       copy_rows(n, out, vector * kLanes);
       compute(n, out, vector);
-    }
+    });
   }
 
  private:

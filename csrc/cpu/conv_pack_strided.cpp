@@ -22,12 +22,12 @@ template <class Word>
 void pack_direct(PackStridedArgs a, const Team& team) {
   constexpr int kElements = WordOf<Word>::kElements;
   const DirectPlan p = direct_plan<Word>(a.shape);
-  const Range panels = team.share(a.shape.groups * p.panels);
+  const int64_t groups = a.shape.groups;
   ConvShape& s = a.shape;  // of one group from here on, as w is the group's
   s.K = p.cols, s.C = p.channels, s.groups = 1;
   const float* w = a.w;
-  alignas(64) float lines[kDepth * kPanel];
-  for (int64_t i = panels.begin; i < panels.end; ++i) {
+  team.each(groups * p.panels, [&](int64_t i) {
+    alignas(64) float lines[kDepth * kPanel];
     const int64_t panel = i % p.panels;
     a.w = w + i / p.panels * a.stride_group;
     Word* out = static_cast<Word*>(a.packed) + i * p.words * kPanel;
@@ -42,7 +42,7 @@ void pack_direct(PackStridedArgs a, const Team& team) {
         }
     const int64_t used = p.depth / kElements;
     std::memset(static_cast<void*>(out + used * kPanel), 0, size_t((p.words - used) * kPanel) * sizeof(Word));
-  }
+  });
 }
 
 }  // namespace

@@ -24,13 +24,31 @@ struct Source {
     const int cols = int(smaller(int64_t(kPanel), a.shape.K - k0));
     const float* w = a.w + k0 * a.stride_k + c0 * a.stride_c + r * a.stride_r + s * a.stride_s;
     if (cols < kPanel) std::memset(out, 0, size_t(depth) * kPanel * sizeof(float));
+    // The block after this one is asked for meanwhile: its lines lie a row of filters apart, which no hardware
+    // foresees.
     if (a.stride_k == 1 && cols == kPanel) {
       for (int c = 0; c < depth; ++c) {
-        store(out + c * kPanel, load(w + c * a.stride_c));
-        store(out + c * kPanel + kLanes, load(w + c * a.stride_c + kLanes));
+        const float* from = w + c * a.stride_c;
+        __builtin_prefetch(from + depth * a.stride_c);
+        __builtin_prefetch(from + depth * a.stride_c + kLanes);
+        store(out + c * kPanel, load(from));
+        store(out + c * kPanel + kLanes, load(from + kLanes));
       }
       return;
     }
+#if defined(__AVX2__)
+    if (a.stride_c == 1 && cols == kPanel && depth == kDepth) {
+      for (int k = 0; k < kPanel; ++k) __builtin_prefetch(w + k * a.stride_k + kDepth);
+      for (int k = 0; k < kPanel; k += 4)
+        for (int c = 0; c < kDepth; c += 4) {
+          __m128 rows[4];
+          for (int i = 0; i < 4; ++i) rows[i] = _mm_loadu_ps(w + (k + i) * a.stride_k + c);
+          _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+          for (int i = 0; i < 4; ++i) _mm_storeu_ps(out + (c + i) * kPanel + k, rows[i]);
+        }
+      return;
+    }
+#endif
     for (int k = 0; k < cols; ++k)
       for (int c = 0; c < depth; ++c) out[c * kPanel + k] = w[k * a.stride_k + c * a.stride_c];
   }
@@ -51,40 +69,49 @@ RF_INLINE void put_line(Pair* out, const float* low, const float* high, bool str
 }
 #endif
 
+// G g G^T of kPanel filters and one channel, their taps at taps[3 r + s] + at.
+template <class H, class W>
+RF_INLINE void transform_filters(const WinogradFilter<H, W>& g, const float (&taps)[9][kDepth * kPanel], int at,
+                                 float (&lines)[H::kPoints * W::kPoints][kPanel]) {
+  constexpr int kWide = 8;
+  typedef float Floats __attribute__((vector_size(kWide * sizeof(float))));
+  for (int j = 0; j < kPanel; j += kWide) {
+    Doubles f[9], half[H::kPoints][3];
+    RF_UNROLL for (int t = 0; t < 9; ++t) {
+      Floats narrow;
+      std::memcpy(&narrow, taps[t] + at + j, sizeof narrow);
+      f[t] = __builtin_convertvector(narrow, Doubles);
+    }
+    RF_UNROLL for (int x = 0; x < 3; ++x) line_filters<H>(
+        g.h, [&](int r) __attribute__((always_inline)) -> const Doubles& { return f[3 * r + x]; },
+        [&](int i, const Doubles& v) __attribute__((always_inline)) { half[i][x] = v; });
+    RF_UNROLL for (int i = 0; i < H::kPoints; ++i) line_filters<W>(
+        g.w, [&](int x) __attribute__((always_inline)) -> const Doubles& { return half[i][x]; },
+        [&](int l, const Doubles& v) __attribute__((always_inline)) {
+          const Floats narrow = __builtin_convertvector(v, Floats);
+          std::memcpy(lines[i * W::kPoints + l] + j, &narrow, sizeof narrow);
+        });
+  }
+}
+
 // One panel's points, `point` words apart from `out` on. `streamed`: past the caches.
 template <class H, class W, class Word>
 void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<H, W>& g, int64_t words, int64_t panel,
                          Word* panel_out, int64_t point, bool streamed) {
-  constexpr int kH = H::kPoints, kW = W::kPoints, kElements = WordOf<Word>::kElements;
+  constexpr int kPoints = H::kPoints * W::kPoints, kElements = WordOf<Word>::kElements;
   const ConvShape& s = a.shape;
-  alignas(64) float taps[9][kDepth * kPanel];
-  alignas(64) double half[kElements][kH][3][kPanel];
+  alignas(64) float taps[9][kDepth * kPanel], lines[kElements][kPoints][kPanel];
   for (int64_t c0 = 0; c0 < words * kElements; c0 += kDepth) {
     const int depth = int(smaller(larger(s.C - c0, int64_t(0)), int64_t(kDepth)));
     for (int t = 0; t < 9; ++t) Source{a}.read(panel, c0, depth, t / 3, t % 3, taps[t]);
     for (int c = 0; c < smaller(int64_t(kDepth), words * kElements - c0); c += kElements) {
       Word* out = panel_out + (c0 + c) / kElements * kPanel;
       if (c >= depth) {
-        for (int i = 0; i < kH * kW; ++i) std::memset(static_cast<void*>(out + i * point), 0, kPanel * sizeof(Word));
+        for (int i = 0; i < kPoints; ++i) std::memset(static_cast<void*>(out + i * point), 0, kPanel * sizeof(Word));
         continue;
       }
-      for (int e = 0; e < kElements; ++e)
-        for (int i = 0; i < kH; ++i)
-          for (int x = 0; x < 3; ++x) {
-            const float *f0 = taps[x] + (c + e) * kPanel, *f1 = taps[3 + x] + (c + e) * kPanel,
-                        *f2 = taps[6 + x] + (c + e) * kPanel;
-            for (int j = 0; j < kPanel; ++j)
-              half[e][i][x][j] = g.h[i][0] * f0[j] + g.h[i][1] * f1[j] + g.h[i][2] * f2[j];
-          }
-      for (int i = 0; i < kH; ++i)
-        for (int l = 0; l < kW; ++l) {
-          alignas(64) float line[kElements][kPanel];
-          for (int e = 0; e < kElements; ++e)
-            for (int j = 0; j < kPanel; ++j)
-              line[e][j] =
-                  float(half[e][i][0][j] * g.w[l][0] + half[e][i][1][j] * g.w[l][1] + half[e][i][2][j] * g.w[l][2]);
-          put_line(out + (i * kW + l) * point, line[0], line[kElements - 1], streamed);
-        }
+      for (int e = 0; e < kElements; ++e) transform_filters(g, taps, (c + e) * kPanel, lines[e]);
+      for (int i = 0; i < kPoints; ++i) put_line(out + i * point, lines[0][i], lines[kElements - 1][i], streamed);
     }
   }
 }
@@ -95,10 +122,10 @@ void pack_winograd(const PackStridedArgs& a, const Team& team) {
   const WinogradFilter<H, W> g;
   // The points lie a power of two apart and would evict each other from one L1 set.
   const bool streamed = p.weight_bytes() >= kStreamedFilters && reinterpret_cast<uintptr_t>(a.packed) % 64 == 0;
-  const Range panels = team.share(p.panels);
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+  team.each(p.panels, [&](int64_t panel) {
     pack_winograd_panel<H, W, Word>(a, g, p.words, panel, static_cast<Word*>(a.packed) + panel * p.words * kPanel,
                                     p.panels * p.words * kPanel, streamed);
+  });
   if (streamed) stream_fence();
 }
 

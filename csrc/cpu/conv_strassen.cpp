@@ -70,21 +70,22 @@ class Run {
   void run(const Team& team) {
     const Grid grid(p_.pairs * 2, s_.K);  // with moments every pair is whole
     const int64_t chunk = grid.step / 2;
-    const Range mine = team.share(p_.pairs, a_.moments ? chunk : share_grain(p_.pairs, team.size));
-    const int64_t piece = a_.moments ? chunk : mine.size();
-    for (int64_t from = mine.begin; from < mine.end; from += piece) {
-      const Range pairs{from, smaller(from + piece, mine.end)};
+    const RowShares shares(team, p_.pairs, a_.moments ? chunk : 0, block_.pairs);
+    const auto pieces = [&](int owner) { return shares.pieces(owner); };
+    team.each_piece(pieces, [&](int owner, int64_t i) {
+      const Range pairs = shares.piece(owner, i);
+      const int64_t next = shares.of(owner).end;
       const int64_t step = round_up(Blocks(pairs.size(), block_.pairs).step, int64_t(kGroupRows / 2));
       for (int64_t begin = pairs.begin; begin < pairs.end; begin += step) {
         const int64_t end = smaller(begin + step, pairs.end);
-        compute(begin, end, smaller(end + step, mine.end));
+        compute(begin, end, smaller(end + step, next));
         if (!a_.moments) continue;
-        const Moments m = moments_of(a_.moments, grid, from / chunk);
+        const Moments m = moments_of(a_.moments, grid, pairs.begin / chunk);
         const Tile done{0, 2 * begin, 2 * end, 0, s_.K};
         if (begin == pairs.begin) start_moments(y_ + 2 * begin * s_.K, s_.K, 2 * pairs.size(), done, m);
         add_moments(y_, s_.K, done, m);
       }
-    }
+    });
   }
 
  private:

@@ -27,9 +27,8 @@ namespace {
 // null.
 void strassen_pack_panels(const PackStridedArgs& a, const float* fold, const Team& team) {
   const StrassenPlan p(a.shape);
-  const Range panels = team.share(p.panels);
-  alignas(64) float b[2][2][kDepth * kPanel];  // [half of the channels][half of the filters]
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+  team.each(p.panels, [&](int64_t panel) {
+    alignas(64) float b[2][2][kDepth * kPanel];  // [half of the channels][half of the filters]
     float* const out = static_cast<float*>(a.packed) + panel * kProducts * p.panel_floats();
     for (int64_t c = 0; c < p.half; c += kDepth) {
       const int depth = int(smaller(int64_t(kDepth), p.half - c));
@@ -45,7 +44,7 @@ void strassen_pack_panels(const PackStridedArgs& a, const float* fold, const Tea
         RF_UNROLL for (int m = 0; m < kProducts; ++m) store(out + m * p.panel_floats() + c * kPanel + i, made[m]);
       }
     }
-  }
+  });
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 // Groups one after another; those that share a vector are dgrad_grouped.cpp's.
 #include "conv_direct.h"
 #include "grouped.h"
-#include "parallel.h"
+#include "row_shares.h"
 #include "scratch.h"
 
 namespace rf {
@@ -160,18 +160,20 @@ void run_class(const DgradArgs& a, const Class<Word>& k, const Team& team, Word*
   const ConvShape& s = a.shape;
   const T* dy = static_cast<const T*>(a.dy);
   T* dx = static_cast<T*>(a.dx);
-  const Range mine = team.share(k.rows, share_grain(k.rows, team.size));
+  const RowShares shares(team, k.rows, 0, block_rows);
   if (k.chunks == 0) {
+    const Range mine = shares.of(team.rank);
     scatter_tile(s, k, dx, mine.begin, mine.end, 0, s.C, nullptr);
     return;
   }
-  const Range to_pack = team.share(s.groups * k.panels);
-  for (int64_t panel = to_pack.begin; panel < to_pack.end; ++panel) pack_panel(a, k, panel, packed);
+  team.each(s.groups * k.panels, [&](int64_t panel) { pack_panel(a, k, panel, packed); });
   team.sync();
-  alignas(64) float sums[kTileRows * kPanel];
-  const int64_t step = Blocks(mine.size(), block_rows).step, panel_words = k.words * kPanel;
-  for (int64_t begin = mine.begin; begin < mine.end; begin += step) {
-    const int64_t end = smaller(begin + step, mine.end);
+  const int64_t panel_words = k.words * kPanel;
+  const auto pieces = [&](int owner) { return shares.pieces(owner); };
+  team.each_piece(pieces, [&](int owner, int64_t i) {
+    const Range rows = shares.piece(owner, i);
+    const int64_t begin = rows.begin, end = rows.end;
+    alignas(64) float sums[kTileRows * kPanel];
     const TileRows tiles(end - begin);
     for (int64_t group = 0; group < s.groups; ++group) {
       const Word* filters = packed + group * k.panels * panel_words;
@@ -191,7 +193,7 @@ void run_class(const DgradArgs& a, const Class<Word>& k, const Team& team, Word*
         }
       }
     }
-  }
+  });
   team.sync();  // the next class packs over these filters
 }
 

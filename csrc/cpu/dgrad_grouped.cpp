@@ -56,12 +56,10 @@ class Run {
   size_t words(int threads) const { return size_t(vectors_ * filters_ + threads * buffer_); }
 
   void run(Word* memory, const Team& team) const {
-    const Range to_pack = team.share(vectors_);
-    for (int64_t v = to_pack.begin; v < to_pack.end; ++v) pack(v, memory + v * filters_);
+    team.each(vectors_, [&](int64_t v) { pack(v, memory + v * filters_); });
     team.sync();
     Word* rows = memory + vectors_ * filters_ + team.rank * buffer_;
-    const Range mine = team.share(s_.N * blocks_ * vectors_);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
+    team.each(s_.N * blocks_ * vectors_, [&](int64_t i) {
       const int64_t v = i % vectors_, block = i / vectors_ % blocks_, n = i / vectors_ / blocks_;
       copy(n, block * kBlockRows, v * kLanes, rows);
       each_class([&](int64_t h0, int64_t w0, const Axis& h, const Axis& w, int64_t taps) {
@@ -69,7 +67,7 @@ class Run {
         sum(n, of_class, v * kLanes, h0, w0, h, w, rows,
             memory + v * filters_ + taps * per_group_ / kElements * kLanes);
       });
-    }
+    });
   }
 
  private:

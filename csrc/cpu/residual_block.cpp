@@ -19,13 +19,12 @@ void for_pixels(const StridedPixelsArgs& a, const Body& body) {
   const ConvShape& s = a.shape;
   const int64_t row = s.C * int64_t(dtype_size(a.dtype));
   parallel(a.threads, [&](const Team& team) {
-    const Range lines = team.share(s.N * s.P);
-    for (int64_t i = lines.begin; i < lines.end; ++i) {
+    team.each(s.N * s.P, [&](int64_t i) {
       const int64_t n = i / s.P, p = i % s.P;
       char* large = static_cast<char*>(a.large) + (n * s.H + p * s.stride_h) * s.W * row;
       char* small = static_cast<char*>(a.small) + i * s.Q * row;
       for (int64_t q = 0; q < s.Q; ++q) body(large + q * s.stride_w * row, small + q * row);
-    }
+    });
   });
 }
 

@@ -2,8 +2,8 @@
 // pixel][c], a GEMM whose depth is the pixels. 2*N*P*Q*K*R*S*C/groups flops; x, dy read once where a block of pixels
 // stays in cache. Floats are multiplied where they lie (x where every pixel of it is one of dy's, as in a 1x1
 // convolution); what must be gathered by taps or joined in pairs of pixels is packed by the team, a block of pixels at
-// a time, into rows as dense as a tensor's. Every thread then runs its own tiles of dw over all of the block: a tile
-// has one owner and one order of blocks, so the bits are the same for any team. While the tiles multiply they fetch the
+// a time, into rows as dense as a tensor's. The tiles of dw then run over all of the block, each by one thread,
+// block after block: the bits are the same for any team. While the tiles multiply they fetch the
 // block after this one. Tried and lost: packing strips of filters and panels of columns apart from each other, so that
 // tiles read them with stride 1: dozens of streams to write; 56x56, 64 to 256 took 11.3 ms in float32, of which the
 // tiles took 7.4. bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not.
@@ -99,6 +99,7 @@ class WgradGemm {
   using Plan = RF_ISA::Plan<T, Word>;
   static constexpr int kElements = WordOf<Word>::kElements;
   static constexpr int64_t kTile = kTileRows * kPanel;
+  static constexpr int64_t kGrain = 56;  // words of depth packed by one thread
 
  public:
   WgradGemm(const WgradArgs& a, const Plan& p, Word* buffer, const Team& team)
@@ -124,16 +125,22 @@ class WgradGemm {
       const Range words{block * p_.block, smaller((block + 1) * p_.block, p_.depth)};
       Word* packed = buffer_ + block % 2 * block_words;
       if (block_words > 0) {
-        pack(words, packed);
-        team_.sync();  // whoever passes has left the block before: its buffer is free for the next
+        team_.each_range(words.size(), kGrain, [&](Range part) { pack(words.begin, part, packed); });
+        // Whoever passes has left the block before: its buffer is free for the next, and its sums are complete.
+        team_.sync();
       }
       const Range next{words.end, smaller(words.end + p_.block, p_.depth)};
       Stream ahead[2] = {dy_stream(next, mine.size() * words.size()), x_stream(next, mine.size() * words.size())};
-      for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const auto add = [&](int64_t i) {
         const Tile tile = tile_at(i);
         float* sum = sums + (p_.blocks > 1 ? i : team_.rank) * kTile;
         multiply(words, tile, packed, sum, block == 0, ahead);
         if (block == p_.blocks - 1) write(tile, sum);
+      };
+      if (block_words > 0) {
+        team_.each(p_.tiles(), add);
+      } else {  // no barrier between blocks: a tile's sums stay with a thread
+        for (int64_t i = mine.begin; i < mine.end; ++i) add(i);
       }
     }
   }
@@ -202,10 +209,10 @@ class WgradGemm {
     }
   };
 
-  void pack(Range words, Word* packed) {
-    const Range part = team_.share(words.size());
+  // Words `part` of the block that begins at word `first`.
+  void pack(int64_t first, Range part, Word* packed) {
     Word *dy = packed + part.begin * p_.dy_row, *x = packed + p_.dy_words() + part.begin * p_.x_row;
-    Pixel at(s_, (words.begin + part.begin) * kElements);
+    Pixel at(s_, (first + part.begin) * kElements);
     for (int64_t i = part.begin; i < part.end; ++i, dy += p_.dy_row, x += p_.x_row) {
       const Pixel one = at;
       at.next();

@@ -93,8 +93,7 @@ class Run {
   Run(const WgradArgs& a, const Plan& p, float* buffer, const Team& team)
       : a_(a), s_(a.shape), p_(p), sums_(buffer), v_(buffer + p.chunks * p.sums() + team.rank * p.own) {
     dy_points_ = v_ + p_.bytes() / sizeof(float);
-    const Range mine = team.share(p_.chunks);
-    for (int64_t i = mine.begin; i < mine.end; ++i) compute(i);
+    team.each(p_.chunks, [&](int64_t i) { compute(i); });
     team.sync();
     const Range rows = team.share(kPoints * p_.depth);
     for (int64_t i = rows.begin; i < rows.end; ++i) join(sums_ + i * s_.K);

@@ -18,6 +18,7 @@ namespace RF_ISA {
 namespace {
 
 constexpr int64_t kChainTiles = 64;
+constexpr int64_t kGrain = 8;              // tiles transformed by one thread
 constexpr int64_t kBlockFloats = 1 << 19;  // transformed dy and x of a block: in the caches both threads see
 
 template <class L>
@@ -157,8 +158,7 @@ class WgradWinograd {
       transform(block, buffer_);
       team_.sync();
       float* sums = all_sums + team_.rank * sum_floats;
-      const Range mine = team_.share(p_.panels);
-      for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+      team_.each(p_.panels, [&](int64_t panel) {
         for (int point = 0; point < kPoints; ++point) {
           Stream ahead[2] = {{buffer_ + (point + 1) % kPoints * p_.dy_point, p_.dy_point * 4,
                               p_.strips.count * block.rows[point].size()},
@@ -167,22 +167,22 @@ class WgradWinograd {
           multiply(block, buffer_, panel, point, sums + point * p_.sum_point, true, ahead, none);
         }
         for (int64_t strip = 0; strip < p_.strips.count; ++strip) write(panel, strip, sums);
-      }
+      });
       return;
     }
-    const Range mine = share_of_products();
+    const auto products = [&](int owner) { return products_of(owner).size(); };
     for (int64_t i = 0; i < p_.blocks; ++i) {
       const Block block(p_, i);
       float* at = buffer_ + i % 2 * block_floats;
       transform(block, at);
       team_.sync();  // whoever passes has left the block before: its buffer is free for the next
-      const int64_t calls = mine.size() * p_.strips.count;
+      const int64_t calls = products(team_.rank) * p_.strips.count;
       Stream tensors[2] = {stream(a_.dy, s_.P * s_.Q * s_.K, i + 1, calls),
                            stream(a_.x, s_.H * s_.W * s_.C, i + 1, calls)};
       Stream ahead[2];
       // Panels within a point: its rows stay in L2 for all of them.
-      for (int64_t j = mine.begin; j < mine.end; ++j) {
-        const int64_t point = j / p_.panels, panel = j % p_.panels;
+      team_.each_piece(products, [&](int owner, int64_t piece) {
+        const int64_t j = products_of(owner).begin + piece, point = j / p_.panels, panel = j % p_.panels;
         if (panel == 0 && point + 1 < kPoints) {
           const int64_t steps = p_.panels * p_.strips.count * block.rows[point].size();
           ahead[0] = {at + (point + 1) * p_.dy_point, p_.dy_point * 4, steps};
@@ -190,17 +190,17 @@ class WgradWinograd {
         }
         multiply(block, at, panel, int(point), all_sums + panel * sum_floats + point * p_.sum_point, i == 0, ahead,
                  tensors);
-      }
+      });
     }
     team_.sync();
-    const Range writes = team_.share(p_.panels * p_.strips.count);
-    for (int64_t i = writes.begin; i < writes.end; ++i)
+    team_.each(p_.panels * p_.strips.count, [&](int64_t i) {
       write(i / p_.strips.count, i % p_.strips.count, all_sums + i / p_.strips.count * sum_floats);
+    });
   }
 
  private:
-  // This thread's (point, panel) GEMMs. Points differ in depth where tiles do.
-  Range share_of_products() const {
+  // A thread's (point, panel) GEMMs. Points differ in depth where tiles do.
+  Range products_of(int owner) const {
     int64_t total = 0;
     for (int i = 0; i < kPoints; ++i) total += p_.depth(i) * p_.panels;
     const auto cut = [&](int64_t rank) {
@@ -212,7 +212,7 @@ class WgradWinograd {
       }
       return kPoints * p_.panels;
     };
-    return {cut(team_.rank), cut(team_.rank + 1)};
+    return {cut(owner), cut(owner + 1)};
   }
 
   // The pixels of dy and of x under one tile (zeros_: outside, or not of this kind of tile).
@@ -252,9 +252,10 @@ class WgradWinograd {
   // The points about to be written are not: 36 or 81 requests a vector cost what they saved (56x56x64: 14.8 ms
   // with, 11.6 without).
   void transform(const Block& block, float* to) {
-    const Range mine = team_.share(block.tiles());
+    team_.each_range(block.tiles(), kGrain, [&](Range tiles) { transform(block, tiles, to); });
+  }
+  void transform(const Block& block, Range mine, float* to) {
     const int64_t channels = p_.panels * kPanel;
-    if (mine.begin >= mine.end) return;
     Pixels places[2];
     const auto section = [&](int64_t row) {
       int i = 0;
@@ -269,7 +270,7 @@ class WgradWinograd {
     for (int64_t t = mine.begin; t < mine.end; ++t) {
       const Pixels& here = places[t % 2];
       Pixels& next = places[(t + 1) % 2];
-      find(smaller(t + 1, mine.end - 1), next);
+      find(smaller(t + 1, block.tiles() - 1), next);
       const Transforms<T>& transforms = transforms_[section(t)];
       float* dy = to + t * p_.dy_row;
       for (int64_t k = 0; k < s_.K; k += kLanes) {

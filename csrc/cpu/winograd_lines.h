@@ -220,6 +220,31 @@ inline void line_filter_matrix(double (*g)[3]) {
   for (int i = L::kInfinity + 1; i < L::kPoints; ++i) g[i][0] = g[i][2] = 0, g[i][1] = 1;
 }
 
+// Eight lanes of G's arithmetic.
+typedef double Doubles __attribute__((vector_size(64)));
+
+// Calls make(point, value) with G's products of taps tap(0), tap(1), tap(2): what line_filter_matrix gives in the order
+// of the taps, to the bit. Of the points +p and -p one product has the other sign, and zeros are left out.
+template <class L, class In, class Make>
+RF_INLINE void line_filters(const double (&g)[L::kPoints][3], const In& tap, const Make& make) {
+  constexpr int first = L::kSpan == 2 ? 2 : 0, last = 2 - first;
+  if constexpr (L::kZero) make(0, tap(first) * g[0][first]);
+  RF_UNROLL for (int p = 0; p < L::kPairs; ++p) {
+    const int i = L::kZero + 2 * p;
+    const Doubles outer = tap(first) * g[i][first], far = tap(last) * g[i][last];
+    if constexpr (L::kOdd) {
+      make(i, far + outer);
+      make(i + 1, far - outer);
+    } else {
+      const Doubles middle = tap(1) * g[i][1];
+      make(i, outer + middle + far);
+      make(i + 1, outer - middle + far);
+    }
+  }
+  make(L::kInfinity, tap(last));
+  RF_UNROLL for (int i = 0; i < L::kOdd; ++i) make(L::kInfinity + 1 + i, tap(1));
+}
+
 // One dimension cut into tiles: whole ones, then perhaps one of `tail` outputs (0: none). A tail of one output is
 // computed as two: 9, 13, 17 pixels are rare, and every kind of tail is code.
 template <class L>

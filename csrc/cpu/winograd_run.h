@@ -118,7 +118,7 @@ class WinogradRun {
     const Range all_channels = {0, p_.chunks * kChunk<Word>}, all_panels = {0, p_.panels};
     if (a_.config.split_cols) {
       const Range chunks = team_.share(p_.chunks), panels = team_.share(p_.panels);
-      const Share all(p_, Team{});
+      const Share all(p_, Team{}, 0);
       for (int64_t i = 0; i < all.blocks; ++i) {
         const Block block(p_, all, i);
         if (i > 0) team_.sync();
@@ -128,28 +128,29 @@ class WinogradRun {
       }
       return;
     }
-    const Share mine(p_, team_);
-    for (int64_t i = 0; i < mine.blocks; ++i) {
-      const Block block(p_, mine, i);
+    const auto blocks = [&](int owner) { return Share(p_, team_, owner).blocks; };
+    team_.each_piece(blocks, [&](int owner, int64_t i) {
+      const Block block(p_, Share(p_, team_, owner), i);
       input(block, all_channels);
       output(block, all_panels);
-    }
+    });
   }
 
   // All tiles at once (config: split_cols, block_rows >= tiles, block_cols = kPanel); `pack(panel)` makes a panel's
   // filters at `weights`, points `point_words` apart, right before they are multiplied.
   template <class Pack>
   void run_streamed(const Word* weights, int64_t point_words, const Pack& pack) {
-    const Range chunks = team_.share(p_.chunks), panels = team_.share(p_.panels);
-    const Block block(p_, Share(p_, Team{}), 0);
+    const Range chunks = team_.share(p_.chunks);
+    const Block block(p_, Share(p_, Team{}, 0), 0);
     input(block, {chunks.begin * kChunk<Word>, chunks.end * kChunk<Word>});
     team_.sync();
     weights_ = weights;
     point_words_ = point_words;
-    for (first_panel_ = panels.begin; first_panel_ < panels.end; ++first_panel_) {
-      pack(first_panel_);
-      output(block, {first_panel_, first_panel_ + 1});
-    }
+    team_.each(p_.panels, [&](int64_t panel) {
+      first_panel_ = panel;
+      pack(panel);
+      output(block, {panel, panel + 1});
+    });
   }
 
  private:
@@ -163,11 +164,12 @@ class WinogradRun {
   struct Share {
     Range tiles[4];
     int64_t blocks, step;  // step: tiles of a block where all are of one kind
-    Share(const Plan& p, const Team& team) {
+    Share(const Plan& p, const Team& team, int owner) {
       int64_t total = 0;
       for (int k = 0; k < 4; ++k) {
         const Range all = {0, p.count(k)};
-        tiles[k] = p.mixed ? part(all, k, team.rank, team.size) : team.share(all.end, share_grain(all.end, team.size));
+        tiles[k] =
+            p.mixed ? part(all, k, owner, team.size) : team.share_of(owner, all.end, share_grain(all.end, team.size));
         total += tiles[k].size();
       }
       step = Blocks(total, p.block_tiles).step;
