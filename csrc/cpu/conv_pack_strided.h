@@ -36,19 +36,13 @@ struct Source {
       }
       return;
     }
-#if defined(__AVX2__)
     if (a.stride_c == 1 && cols == kPanel && depth == kDepth) {
       for (int k = 0; k < kPanel; ++k) __builtin_prefetch(w + k * a.stride_k + kDepth);
       for (int k = 0; k < kPanel; k += 4)
-        for (int c = 0; c < kDepth; c += 4) {
-          __m128 rows[4];
-          for (int i = 0; i < 4; ++i) rows[i] = _mm_loadu_ps(w + (k + i) * a.stride_k + c);
-          _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
-          for (int i = 0; i < 4; ++i) _mm_storeu_ps(out + (c + i) * kPanel + k, rows[i]);
-        }
+        for (int c = 0; c < kDepth; c += 4)
+          transpose4(w + k * a.stride_k + c, a.stride_k, out + c * kPanel + k, kPanel);
       return;
     }
-#endif
     for (int k = 0; k < cols; ++k)
       for (int c = 0; c < depth; ++c) out[c * kPanel + k] = w[k * a.stride_k + c * a.stride_c];
   }

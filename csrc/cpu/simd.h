@@ -227,5 +227,18 @@ RF_INLINE Vec permute(Vec a, Lanes from) { RF_LANES(a.v[from.v[i]]); }
 
 #endif
 
+// 4 x 4 floats, rows to columns; rows `from_row` and `to_row` apart.
+RF_INLINE void transpose4(const float* from, int64_t from_row, float* to, int64_t to_row) {
+#if defined(__AVX2__)
+  __m128 row[4];
+  for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(from + i * from_row);
+  _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+  for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + i * to_row, row[i]);
+#else
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) to[j * to_row + i] = from[i * from_row + j];
+#endif
+}
+
 }  // namespace RF_ISA
 }  // namespace rf

@@ -56,14 +56,14 @@ struct Plan {
     dy_row = kDirect || turned ? s.K : packed_row(s.K);
     x_row = x_direct ? s.C : packed_row(s.groups * x_group());
     depth = ceil_div(pixels, int64_t(kElements));
-    // Sums join memory about sqrt(depth) times, each about sqrt(depth) long.
-    chain = 28;
-    while (chain < 224 && chain * chain < depth) chain *= 2;
+    chain = chain_of(depth);
     // A block as large as the sums it is added to: both are read once a block.
     const int64_t words = smaller(larger(s.K * cols, kLeastBlock), kMostBlock);
-    blocks = ceil_div(depth, larger(round_up(words / (dy_row + x_row), chain), 2 * chain));
-    block = round_up(ceil_div(depth, blocks), chain);
+    const int64_t unit = kPairs ? kTileRows : chain;
+    blocks = ceil_div(depth, larger(round_up(words / (dy_row + x_row), unit), 2 * unit));
+    block = round_up(ceil_div(depth, blocks), unit);
     blocks = ceil_div(depth, block);
+    if (kPairs) chain = block;  // float32's rounding is nothing beside bf16's
   }
   // An odd number of cache lines: rows a power of two apart would share the caches' sets.
   static int64_t packed_row(int64_t words) { return (ceil_div(words, int64_t(kLanes)) | 1) * kLanes; }
@@ -80,6 +80,15 @@ RF_INLINE void put(float* out, const T* a, const T*, int n) {
   n >= kLanes ? store(out, load(a)) : store_n(out, load_n(a, n), n);
 }
 #if defined(__AVX512BF16__)
+// kPanel columns of two pixels.
+RF_INLINE void put_panel(Pair* out, const bf16* a, const bf16* b) {
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i one = _mm512_loadu_si512(a), two = _mm512_loadu_si512(b);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(one, low, two));
+  _mm512_storeu_si512(out + kLanes, _mm512_permutex2var_epi16(one, high, two));
+}
 RF_INLINE void put(Pair* out, const bf16* a, const bf16* b, int n) {
   const __mmask16 mask = n >= kLanes ? __mmask16(0xffff) : first(n);
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a));
@@ -90,8 +99,12 @@ RF_INLINE void put(Pair* out, const bf16* a, const bf16* b, int n) {
 #endif
 template <class T, class Word>
 RF_INLINE void put_row(Word* out, const T* a, const T* b, int64_t n) {
-  for (int64_t c = 0; c < n; c += kLanes)
-    put(out + c, a + c, b ? b + c : nullptr, int(smaller(n - c, int64_t(kLanes))));
+  int64_t c = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same<Word, Pair>::value)
+    for (; b && c + kPanel <= n; c += kPanel) put_panel(out + c, a + c, b + c);
+#endif
+  for (; c < n; c += kLanes) put(out + c, a + c, b ? b + c : nullptr, int(smaller(n - c, int64_t(kLanes))));
 }
 
 template <class T, class Word>
@@ -255,8 +268,13 @@ class WgradGemm {
       if (p_.turned) {
         float* out[kTileRows];
         for (int64_t i = 0; i < rows; ++i) out[i] = place(tile.panel * kPanel, first + i);
+        const auto neighbours = [&](float** p) { return p[1] == p[0] + 1 && p[2] == p[1] + 1 && p[3] == p[2] + 1; };
+        int64_t done = 0;  // rows, four at a time
+        for (; done + 4 <= rows && neighbours(out + done); done += 4)
+          for (int64_t j = 0; j < kPanel; j += 4)
+            transpose4(sums + done * kPanel + j, kPanel, out[done] + j * a_.stride_k, a_.stride_k);
         for (int64_t j = 0; j < kPanel; ++j)
-          for (int64_t i = 0; i < rows; ++i) out[i][j * a_.stride_k] = sums[i * kPanel + j];
+          for (int64_t i = done; i < rows; ++i) out[i][j * a_.stride_k] = sums[i * kPanel + j];
         return;
       }
     }

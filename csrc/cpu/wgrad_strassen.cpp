@@ -36,8 +36,7 @@ struct Plan {
     panels = channels / kPanel;
     dy_row = row(kPacked * filters);
     x_row = row(kPacked * channels);
-    chain = 28;  // sums join memory about sqrt(depth) times, each about sqrt(depth) long
-    while (chain < 224 && chain * chain < pairs) chain *= 2;
+    chain = chain_of(pairs);
     // A block as large as the sums it is added to: both are read once a block.
     const int64_t floats = smaller(larger(s.K * s.C * 7 / 4, kLeastBlock), kMostBlock);
     blocks = ceil_div(pairs, larger(round_up(floats / (dy_row + x_row), chain), 2 * chain));

@@ -181,8 +181,11 @@ class WgradWinograd {
                            stream(a_.x, s_.H * s_.W * s_.C, i + 1, calls)};
       Stream ahead[2];
       // Panels within a point: its rows stay in L2 for all of them.
+      int known = -1;
+      int64_t first = 0;
       team_.each_piece(products, [&](int owner, int64_t piece) {
-        const int64_t j = products_of(owner).begin + piece, point = j / p_.panels, panel = j % p_.panels;
+        if (owner != known) known = owner, first = products_of(owner).begin;
+        const int64_t j = first + piece, point = j / p_.panels, panel = j % p_.panels;
         if (panel == 0 && point + 1 < kPoints) {
           const int64_t steps = p_.panels * p_.strips.count * block.rows[point].size();
           ahead[0] = {at + (point + 1) * p_.dy_point, p_.dy_point * 4, steps};
