@@ -24,14 +24,15 @@ def is_plain(args: Sequence[Any]) -> bool:
         return False
     if torch._C._len_torch_function_stack() or not _known(True, torch._C._dispatch_tls_local_include_set()):
         return False
+    keys = None  # of all tensors together
     for a in args:
-        if isinstance(a, torch.Tensor):
-            kind = type(a)
-            if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or not _known(
-                False, torch._C._dispatch_keys(a)
-            ):
-                return False
-    return True
+        kind = type(a)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            own = torch._C._dispatch_keys(a)
+            keys = own if keys is None else keys | own
+        elif isinstance(a, torch.Tensor):
+            return False
+    return keys is None or _known(False, keys)
 
 
 def _known(thread: bool, keys: Any) -> bool:

@@ -272,18 +272,22 @@ def _unfused(y: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
     return torch.relu(y) if act == "relu" else y
 
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
 def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool, float]:
     """Running mean and variance, whether the batch's are used, and the momentum: torch's rules, counter included."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
+    mean, var, count = (bn._buffers[name] if name in bn._buffers else getattr(bn, name) for name in _STATISTICS)
     tracking = bn.training and bn.track_running_stats
-    if tracking and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+    if tracking and count is not None:
+        count.add_(1)
         if bn.momentum is None:  # cumulative average
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+            momentum = 1.0 / float(count)
+    training = bn.training or (mean is None and var is None)
     if bn.training and not bn.track_running_stats:
         return None, None, training, momentum
-    return bn.running_mean, bn.running_var, training, momentum
+    return mean, var, training, momentum
 
 
 def _group(bn: nn.BatchNorm2d) -> distributed.ProcessGroup | None:

@@ -29,7 +29,8 @@ class Ref(int):
 def resolve(root: nn.Module, path: Path) -> nn.Module:
     """The submodule at a path."""
     for name in path:
-        root = getattr(root, name)
+        child = root._modules.get(name)  # what getattr finds, without its detour through Python
+        root = getattr(root, name) if child is None else child
     return root
 
 

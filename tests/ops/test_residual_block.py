@@ -136,7 +136,7 @@ def _refused(function, given):
 
 @pytest.mark.parametrize("case", ["identity of three", "strided projection", "strided first link", "projection"])
 def test_autocast_by_the_law(case):
-    """bfloat16 between float32 filters and vectors, as torch's autocast."""
+    """bfloat16 between float32 filters and vectors, as torch's autocast; Winograd has a bound of its own."""
 
     def make():
         given = kept_away(case, inputs(case))
@@ -146,7 +146,8 @@ def test_autocast_by_the_law(case):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=given["x"].dtype != torch.float64):
             return function(case, **given)
 
-    check.compare(partial(under, ours), partial(under, plain), make, list(make()))
+    with exact():
+        check.compare(partial(under, ours), partial(under, plain), make, list(make()))
 
 
 @pytest.mark.parametrize("case", ["identity of three", "projection", "strided first link"])

@@ -146,8 +146,7 @@ def bwd(
     layout, outputs = _of(x, tensors, eps, windows), (z0, z1, z2, zp)
     there = [i for i in range(eager.LINKS + 1) if tensors[3 * i] is not None]
     links, z = [tensors[3 * i : 3 * i + 3] for i in there], [outputs[i] for i in there]
-    none = x.new_empty(0)
-    grads = [none.clone() if not want else None for want in wants]
+    grads = [None if want else x.new_empty(0) for want in wants]
     for i, t in enumerate(tensors, 1):
         if wants[i]:
             grads[i] = common.cpu_gradient(t) if t.dim() == 4 else torch.empty(t.shape[0])

@@ -92,6 +92,11 @@ def _check_tensors(x: Tensor, path: list[Link]) -> None:
     for link in path:
         if link.weight.dtype != x.dtype and not autocast:
             raise RuntimeError(f"{OP}: wanted one dtype, got x of {x.dtype} and weight of {link.weight.dtype}")
+        wanted, device = link.weight.shape[:1], x.device
+        if link.weight.device == device and all(
+            [t is None or (t.shape == wanted and t.device == device) for t in link.bn[:4]]
+        ):
+            continue
         vectors = dict(zip(("running_mean", "running_var", "bn.weight", "bn.bias"), link.bn[:4]))
         for name, t in vectors.items():
             common.check_vector(OP, name, t, link.weight.shape[0])
@@ -170,7 +175,10 @@ def _backward(ctx, dy: Tensor, *_):
     else:
         grads = _gradient(dy, x, y, statistics, z0, z1, z2, zp, *tensors, ctx.eps, ctx.windows, wants)
     dx = common.like_input(grads[0], x) if wants[0] else None
-    rest = (g.to(t.dtype) if want else None for g, t, want in zip(grads[1:], tensors, wants[1:]))
+    rest = [
+        None if not want else g if g.dtype is t.dtype else g.to(t.dtype)
+        for g, t, want in zip(grads[1:], tensors, wants[1:])
+    ]
     return dx, *rest, None, None
 
 
