@@ -283,16 +283,19 @@ def fastest(names: list[str], call: Callable[[str], Any], args: tuple[Any, ...],
     """The name whose call is fastest, interleaved, after one call each that warms up; `args`: tensors that tell the device.
 
     `rather` stays unless another clearly is faster: what it saves between its parts, an interpreter that finds its caches
-    cold, costs little in a loop that does nothing else, and two clocks of the same kernels differ by a few percent.
+    cold, costs little in a loop that does nothing else, and two clocks of the same kernels differ by a few percent. Another
+    is clearly faster if it is in twice as many rounds: a core lent elsewhere for a while slows down one of them.
     """
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     best = dict.fromkeys(names, float("inf"))
-    for turn in range(_ROUNDS + 1):
+    for turn in range(2 * _ROUNDS + 1):
         for name in names:
             seconds, _ = _timed(lambda name=name: call(name), device)
             if turn:
                 best[name] = min(best[name], seconds)
-    winner = min(names, key=best.get)
+        winner = min(names, key=best.get)
+        if turn == _ROUNDS and (rather is None or best[winner] > _CLEARLY * best[rather]):
+            break
     return rather if rather is not None and best[winner] > _CLEARLY * best[rather] else winner
 
 
