@@ -68,7 +68,7 @@ static bool strassen_pays(const ConvShape& s) {
 }
 
 // Winograd wherever it can, the largest tiles but for the last stage at small batch: few tiles, and 36 or 24 weights
-// for every 9. With stride 2 it has 81 for every 9, and saves less. Strassen for 1x1 where it pays.
+// for every 9. With stride 2 it saves less. Strassen for 1x1 where it pays.
 static ConvConfig heuristic(const ConvShape& s, DType t, int threads, bool exact) {
   ConvConfig c;
   if (!exact && why_not(s, t, kWinogradStemIndex) == nullptr) {

@@ -1,7 +1,7 @@
 // Packs float32 filters of any strides for "direct", "grouped", "strassen" and the Winograd algorithms: what a training
 // step does to weights that change every step, forward, and (K and C exchanged, R and S strides negative) for the data
-// gradient. Bytes: the filters once, the packed ones once: 1 float for 1 (direct), 7 for 4 (Strassen), 81, 36, 24 or 16
-// for 9 (Winograd). The idea: kPanel output channels are a vector and 16 input channels a block, so that reading, G g
+// gradient. Bytes: the filters once, the packed ones once: 1 float for 1 (direct), 7 for 4 (Strassen), 36, 24 or 16 for
+// 9 (Winograd). The idea: kPanel output channels are a vector and 16 input channels a block, so that reading, G g
 // G^T and writing all run over vectors; conv_pack's one filter at a time takes 15 ms for 512 x 512 x 3 x 3, more than
 // the convolution. The transform stays in double and in conv_pack's order: the same bits. Words of two bf16 take
 // channels two by two.

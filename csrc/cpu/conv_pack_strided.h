@@ -66,11 +66,11 @@ RF_INLINE void put_line(Pair* out, const float* low, const float* high, bool str
 // G g G^T of kPanel filters and one channel, their taps at taps[3 r + s] + at.
 template <class H, class W>
 RF_INLINE void transform_filters(const WinogradFilter<H, W>& g, const float (&taps)[9][kDepth * kPanel], int at,
-                                 float (&lines)[H::kPoints * W::kPoints][kPanel]) {
+                                 float (&lines)[kFilters<H, W>][kPanel]) {
   constexpr int kWide = 8;
   typedef float Floats __attribute__((vector_size(kWide * sizeof(float))));
   for (int j = 0; j < kPanel; j += kWide) {
-    Doubles f[9], half[H::kPoints][3];
+    Doubles f[9], half[kFilterPoints<H>][3];
     RF_UNROLL for (int t = 0; t < 9; ++t) {
       Floats narrow;
       std::memcpy(&narrow, taps[t] + at + j, sizeof narrow);
@@ -79,11 +79,11 @@ RF_INLINE void transform_filters(const WinogradFilter<H, W>& g, const float (&ta
     RF_UNROLL for (int x = 0; x < 3; ++x) line_filters<H>(
         g.h, [&](int r) __attribute__((always_inline)) -> const Doubles& { return f[3 * r + x]; },
         [&](int i, const Doubles& v) __attribute__((always_inline)) { half[i][x] = v; });
-    RF_UNROLL for (int i = 0; i < H::kPoints; ++i) line_filters<W>(
+    RF_UNROLL for (int i = 0; i < kFilterPoints<H>; ++i) line_filters<W>(
         g.w, [&](int x) __attribute__((always_inline)) -> const Doubles& { return half[i][x]; },
         [&](int l, const Doubles& v) __attribute__((always_inline)) {
           const Floats narrow = __builtin_convertvector(v, Floats);
-          std::memcpy(lines[i * W::kPoints + l] + j, &narrow, sizeof narrow);
+          std::memcpy(lines[i * kFilterPoints<W> + l] + j, &narrow, sizeof narrow);
         });
   }
 }
@@ -92,7 +92,7 @@ RF_INLINE void transform_filters(const WinogradFilter<H, W>& g, const float (&ta
 template <class H, class W, class Word>
 void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<H, W>& g, int64_t words, int64_t panel,
                          Word* panel_out, int64_t point, bool streamed) {
-  constexpr int kPoints = H::kPoints * W::kPoints, kElements = WordOf<Word>::kElements;
+  constexpr int kPoints = kFilters<H, W>, kElements = WordOf<Word>::kElements;
   const ConvShape& s = a.shape;
   alignas(64) float taps[9][kDepth * kPanel], lines[kElements][kPoints][kPanel];
   for (int64_t c0 = 0; c0 < words * kElements; c0 += kDepth) {

@@ -220,11 +220,23 @@ inline void line_filter_matrix(double (*g)[3]) {
   for (int i = L::kInfinity + 1; i < L::kPoints; ++i) g[i][0] = g[i][2] = 0, g[i][1] = 1;
 }
 
+// The filters of a line's points: those of odd inputs all have the middle tap.
+template <class L>
+constexpr int kFilterPoints = L::kOdd ? L::kInfinity + 2 : L::kPoints;
+template <class H, class W>
+constexpr int kFilters = kFilterPoints<H> * kFilterPoints<W>;
+// Which of those a point of the tile meets.
+template <class H, class W>
+RF_INLINE int filter_of(int point) {
+  return smaller(point / W::kPoints, kFilterPoints<H> - 1) * kFilterPoints<W> +
+         smaller(point % W::kPoints, kFilterPoints<W> - 1);
+}
+
 // Eight lanes of G's arithmetic.
 typedef double Doubles __attribute__((vector_size(64)));
 
-// Calls make(point, value) with G's products of taps tap(0), tap(1), tap(2): what line_filter_matrix gives in the order
-// of the taps, to the bit. Of the points +p and -p one product has the other sign, and zeros are left out.
+// Calls make(filter, value) with G's products of taps tap(0), tap(1), tap(2): what line_filter_matrix gives in the
+// order of the taps, to the bit. Of the points +p and -p one product has the other sign, and zeros are left out.
 template <class L, class In, class Make>
 RF_INLINE void line_filters(const double (&g)[L::kPoints][3], const In& tap, const Make& make) {
   constexpr int first = L::kSpan == 2 ? 2 : 0, last = 2 - first;
@@ -242,7 +254,7 @@ RF_INLINE void line_filters(const double (&g)[L::kPoints][3], const In& tap, con
     }
   }
   make(L::kInfinity, tap(last));
-  RF_UNROLL for (int i = 0; i < L::kOdd; ++i) make(L::kInfinity + 1 + i, tap(1));
+  if constexpr (L::kOdd) make(L::kInfinity + 1, tap(1));
 }
 
 // One dimension cut into tiles: whole ones, then perhaps one of `tail` outputs (0: none). A tail of one output is

@@ -34,7 +34,7 @@ struct WinogradPlan : TileKinds<H, W> {
     sum_bytes = odd_lines(size_t(sum_stride) * kPoints * sizeof(float));
     zero_bytes = odd_lines(size_t(s.C) * sizeof(float) + 64);
   }
-  size_t weight_bytes() const { return size_t(kPoints * panels * words * kPanel) * sizeof(Word); }
+  size_t weight_bytes() const { return size_t(kFilters<H, W> * panels * words * kPanel) * sizeof(Word); }
   size_t scratch_bytes(const ConvConfig& c, int threads) const {
     const size_t each = sum_bytes + zero_bytes;
     return c.split_cols ? v_bytes + each * size_t(threads) : (v_bytes + each) * size_t(threads);
@@ -51,11 +51,11 @@ struct WinogradFilter {
   }
 };
 
-// packed: [point][panel][word][kPanel], G g G^T in double, zeros beyond C and K.
+// packed: [filter of points][panel][word][kPanel], G g G^T in double, zeros beyond C and K.
 template <class H, class W, class Word>
 void winograd_pack(const ConvShape& s, void* packed, const float* w, const float* fold, int threads) {
   using Element = typename WordOf<Word>::Element;
-  constexpr int kElements = WordOf<Word>::kElements, kH = H::kPoints, kW = W::kPoints;
+  constexpr int kElements = WordOf<Word>::kElements, kH = kFilterPoints<H>, kW = kFilterPoints<W>;
   const WinogradPlan<H, W, Word> p(s, {});
   const WinogradFilter<H, W> g;
   Element* out = static_cast<Element*>(packed);
@@ -267,7 +267,7 @@ class WinogradRun {
   void multiply(const Block& block, int64_t from, int64_t to, int64_t after) {
     const int64_t panel_words = p_.words * kPanel;
     const auto weights = [&](int i, int64_t panel) {
-      return weights_ + block.point[i].index * point_words_ + (panel - first_panel_) * panel_words;
+      return weights_ + filter_of<H, W>(block.point[i].index) * point_words_ + (panel - first_panel_) * panel_words;
     };
     Ahead ahead;
     for (int i = 0; i < block.points; ++i) {
