@@ -36,7 +36,7 @@ struct Streamed {
   }
   size_t scratch_bytes(int threads) const {
     const size_t filters = plan.weight_bytes();
-    const size_t most = filters >= 3 * plan.v_bytes ? kMostTilesOfMany : kMostTiles;
+    const size_t most = 2 * filters >= 3 * plan.v_bytes ? kMostTilesOfMany : kMostTiles;
     if (filters < kLeastFilters || plan.v_bytes > most || plan.panels < threads) return 0;
     return plan.scratch_bytes(config, threads) + panel_bytes * size_t(threads);
   }
