@@ -4,8 +4,8 @@
 // each is summed over all pairs first, seven GEMMs of half the filters by half the channels, and dw made of them once
 // at the end. Of dy sums are taken and of x, which behind a ReLU is positive, differences. Two products multiply a
 // quarter of either operand where it lies; the five sums of each are packed by the team, a block of pairs at a time, 5
-// floats for 4, and every thread then runs its own tiles over all of the block. A tile has one owner and one order of
-// blocks: the same bits for any team. Packing is what it costs: few filters or channels gain nothing.
+// floats for 4, and the tiles then run over all of the block, each by one thread, block after
+// block: the same bits for any team. Packing is what it costs: few filters or channels gain nothing.
 #include "../conv_backward.h"
 #include "scratch.h"
 #include "strassen.h"
