@@ -3,10 +3,10 @@
 // 2, in float32 whatever the tensors are. G^T is linear, so the products are summed over all tiles first (36 or 81
 // GEMMs of K x C, depth = tiles) and transformed once; a tile of fewer outputs joins the sums of the points it has.
 // 2*36/16*N*P*Q*K*C flops at stride 1. A block of tiles: the team transforms dy and x together, point by point into
-// rows of all filters and of all channels, then the (panel, point) GEMMs run over all of it, each by one thread, fetching
-// the next point and the tensors of the next block meanwhile. Sums have one order of blocks: the same bits for any
-// team. bf16 tensors are widened: a bf16 F(3x3, 2x2) needs 2.25 times fewer products at twice the rate, so
-// no less time, and rounds its transforms; at stride 2, 1.78 times fewer are no gain on wgrad.cpp's pairs.
+// rows of all filters and of all channels, then the (panel, point) GEMMs run over all of it, each by one thread,
+// fetching the next point and the tensors of the next block meanwhile. Sums have one order of blocks: the same bits for
+// any team. bf16 tensors are widened: a bf16 F(3x3, 2x2) needs 2.25 times fewer products at twice the rate, so no less
+// time, and rounds its transforms; at stride 2, 1.78 times fewer are no gain on wgrad.cpp's pairs.
 #include "../conv_backward.h"
 #include "scratch.h"
 #include "wgrad_tile.h"
