@@ -223,12 +223,17 @@ class Pool:
 
 
 def check(case: Case, algorithm: int, dtype: torch.dtype, draw: Callable[[], tuple[torch.Tensor, dict]]) -> None:
-    """Within the limits: at once, or with as many draws of `draw() -> y, operands` as make a pool of 1,000 outputs."""
-    pool, outputs = Pool(algorithm, dtype), case.N * case.K * case.out[0] * case.out[1]
-    for _ in range(2 + 1000 // outputs):
-        y, operands = draw()
-        if pool.add(case, y, **operands):
-            return
+    """Within the limits: at once, or with as many draws of `draw() -> y, operands` as make a pool of 1,000 outputs.
+
+    What is systematic is outside in a second pool too; of single draws with Strassen 3 of 900 were, by their largest error.
+    """
+    outputs = case.N * case.K * case.out[0] * case.out[1]
+    for _ in range(2):
+        pool = Pool(algorithm, dtype)
+        for _ in range(1 + 1000 // outputs):
+            y, operands = draw()
+            if pool.add(case, y, **operands):
+                return
     raise AssertionError("outside the law: " + ", ".join(f"error {a:.3g}, allowed {b:.3g}" for a, b in pool.found))
 
 
