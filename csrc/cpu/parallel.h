@@ -125,8 +125,8 @@ struct Team {
 
   // body(owner, i) once for every piece i of pieces(owner): a thread's own from the first on, then of the others' what
   // they have not begun, from the last back. A core that other processes slow down holds the team up by a piece, not by
-  // a share (two cores, one of them busy a tenth of the time: 3 to 5 % of a resnet50 training step). What a piece
-  // computes must not depend on who does: only scratch may be the thread's.
+  // a share (on a busy host the waits of a resnet50 training step under autocast went from 56 ms of 1080 to 17 of 980).
+  // What a piece computes must not depend on who does: only scratch may be the thread's.
   template <class Pieces, class Body>
   void each_piece(const Pieces& pieces, const Body& body) const {
     const int64_t own = pieces(rank);

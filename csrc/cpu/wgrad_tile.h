@@ -2,7 +2,7 @@
 // (pixels, or Winograd tiles). A step of depth is one broadcast a filter and two loads: 2 * rows * kPanel flops.
 // A step's rows lie a stride apart, in a tensor or in a packed block: every line is read once a tile, so sets shared by
 // rows a power of two apart cost nothing in L1, and L2 brings two or three lines in the time of a step.
-// The sums join memory every `chain` steps, which takes the time of three.
+// The sums join memory every `chain` steps.
 #pragma once
 #include "gemm.h"
 
@@ -17,9 +17,9 @@ struct Strips {
   RF_INLINE int64_t height(int64_t i) const { return first(i + 1) - first(i); }
 };
 
-// Floats are rounded least where sums and what is added to them are as long, sqrt(depth); up to twice that it is 1.1 to
-// 1.3 times as much, and joining half as often 2 to 5 % of the time (32 steps always: 784 additions in one chain at
-// 56x56 and 6 %).
+// Floats are rounded least where sums and what is added to them are as long, sqrt(depth); at twice that, counting
+// roundings, 1.12 times as much, and the sums are joined half as often (32 steps always: 784 additions in one chain at
+// 56x56 and 6 % of the time).
 inline int64_t chain_of(int64_t depth) {
   int64_t chain = 28;
   while (chain < 224 && chain * chain < 2 * depth) chain *= 2;
