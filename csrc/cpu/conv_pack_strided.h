@@ -92,20 +92,20 @@ RF_INLINE void transform_filters(const WinogradFilter<H, W>& g, const float (&ta
 template <class H, class W, class Word>
 void pack_winograd_panel(const PackStridedArgs& a, const WinogradFilter<H, W>& g, int64_t words, int64_t panel,
                          Word* panel_out, int64_t point, bool streamed) {
-  constexpr int kPoints = kFilters<H, W>, kElements = WordOf<Word>::kElements;
+  constexpr int kPacked = kFilters<H, W>, kElements = WordOf<Word>::kElements;
   const ConvShape& s = a.shape;
-  alignas(64) float taps[9][kDepth * kPanel], lines[kElements][kPoints][kPanel];
+  alignas(64) float taps[9][kDepth * kPanel], lines[kElements][kPacked][kPanel];
   for (int64_t c0 = 0; c0 < words * kElements; c0 += kDepth) {
     const int depth = int(smaller(larger(s.C - c0, int64_t(0)), int64_t(kDepth)));
     for (int t = 0; t < 9; ++t) Source{a}.read(panel, c0, depth, t / 3, t % 3, taps[t]);
     for (int c = 0; c < smaller(int64_t(kDepth), words * kElements - c0); c += kElements) {
       Word* out = panel_out + (c0 + c) / kElements * kPanel;
       if (c >= depth) {
-        for (int i = 0; i < kPoints; ++i) std::memset(static_cast<void*>(out + i * point), 0, kPanel * sizeof(Word));
+        for (int i = 0; i < kPacked; ++i) std::memset(static_cast<void*>(out + i * point), 0, kPanel * sizeof(Word));
         continue;
       }
       for (int e = 0; e < kElements; ++e) transform_filters(g, taps, (c + e) * kPanel, lines[e]);
-      for (int i = 0; i < kPoints; ++i) put_line(out + i * point, lines[0][i], lines[kElements - 1][i], streamed);
+      for (int i = 0; i < kPacked; ++i) put_line(out + i * point, lines[0][i], lines[kElements - 1][i], streamed);
     }
   }
 }

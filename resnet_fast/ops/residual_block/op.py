@@ -92,11 +92,6 @@ def _check_tensors(x: Tensor, path: list[Link]) -> None:
     for link in path:
         if link.weight.dtype != x.dtype and not autocast:
             raise RuntimeError(f"{OP}: wanted one dtype, got x of {x.dtype} and weight of {link.weight.dtype}")
-        wanted, device = link.weight.shape[:1], x.device
-        if link.weight.device == device and all(
-            [t is None or (t.shape == wanted and t.device == device) for t in link.bn[:4]]
-        ):
-            continue
         vectors = dict(zip(("running_mean", "running_var", "bn.weight", "bn.bias"), link.bn[:4]))
         for name, t in vectors.items():
             common.check_vector(OP, name, t, link.weight.shape[0])
