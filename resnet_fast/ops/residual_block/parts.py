@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from resnet_fast import backends
+from resnet_fast.ops.conv2d.op import data_gradient_onto
 from resnet_fast.ops.residual_block import eager
 
 
@@ -17,13 +18,4 @@ def forward(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
 def backward(dy: Tensor, x: Tensor, *given: Any) -> tuple[Tensor, ...]:
     """As `eager.bwd`."""
-    return eager.bwd_by(backends.run, _onto, dy, x, *given)
-
-
-def _onto(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    *window, other = rest
-
-    def parts() -> Tensor:
-        return backends.run("conv2d", "bwd", dy, x, weight, False, *window, [True, False, False])[0] + other
-
-    return backends.run_whole("conv2d", "dgrad_onto", parts, dy, x, weight, *window, other)
+    return eager.bwd_by(backends.run, data_gradient_onto, dy, x, *given)
