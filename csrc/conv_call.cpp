@@ -5,54 +5,18 @@
 #include "conv_call.h"
 
 #include <cmath>
-#include <cstdlib>
-#include <new>
 
-#include "buffers.h"
 #include "check.h"
 #include "cpu/kernels.h"
+#include "workspace.h"
 
 namespace rf {
 
 namespace {
 
-constexpr size_t kLine = 64, kPooled = 4u << 20;  // bytes; from the second on memory is a buffer's
+constexpr size_t kLine = 64;
 
 size_t lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
-
-// Memory for one call. Packed filters take up to tens of megabytes; fresh pages for them cost more than the packing
-// (7x7x512, batch 16: 23 of 33 ms). Large ones are therefore buffers, small ones this thread's own, kept and grown.
-class Workspace {
- public:
-  explicit Workspace(size_t bytes) : pooled_(bytes >= kPooled) {
-    data_ = static_cast<char*>(pooled_ ? take_buffer(bytes) : own(bytes));
-  }
-  ~Workspace() {
-    if (pooled_) give_buffer(data_);
-  }
-  Workspace(const Workspace&) = delete;
-  char* at(size_t offset) const { return data_ + offset; }
-
- private:
-  static void* own(size_t bytes) {
-    struct Memory {
-      void* data = nullptr;
-      size_t size = 0;
-      ~Memory() { std::free(data); }
-    };
-    static thread_local Memory memory;
-    if (memory.size < bytes) {
-      std::free(memory.data);
-      memory.size = 0;
-      memory.data = std::aligned_alloc(kLine, lines(bytes));
-      if (!memory.data) throw std::bad_alloc();
-      memory.size = lines(bytes);
-    }
-    return memory.data;
-  }
-  bool pooled_;
-  char* data_;
-};
 
 bool is_dense(const Filters& f, const ConvShape& s) {
   const int64_t channels = s.C / s.groups, taps = s.R * s.S;

@@ -87,8 +87,9 @@ def test_unknown_memory():
 
 
 @pytest.mark.slow
-def test_peak_of_a_process():
-    """The resident set a step adds to a process of its own, at its highest: lean < default < eager.
+@pytest.mark.parametrize(("name", "most"), [("resnet18", 0.70), ("resnet50", 0.80)])
+def test_peak_of_a_process(name, most):
+    """The resident set a step adds to a process of its own, at its highest.
 
     Beside what is saved it has gradients, the optimiser's and the allocator's bytes, and backward's working memory, which
     all engines need: the saved bytes' ratios are bounds it can only approach (benchmarks/memory.py reports it at full size).
@@ -96,9 +97,9 @@ def test_peak_of_a_process():
     root = Path(resnet_fast.__file__).parents[1]
     if not (root / "benchmarks").exists():
         pytest.skip("an installed package has no benchmarks beside it")
-    command = [sys.executable, "-m", "benchmarks.memory", "--model", "resnet18", "--batch", "16", "--peak"]
+    command = [sys.executable, "-m", "benchmarks.memory", "--model", name, "--batch", "16", "--peak"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     peaks = dict(line.split() for line in done.stdout.splitlines())
     eager, default, lean = (float(peaks[engine]) for engine in ("eager", "default", "lean"))
-    assert default <= 0.9 * eager and lean <= 0.8 * eager, peaks
+    assert default <= most * eager and lean <= 0.52 * eager, peaks

@@ -99,7 +99,8 @@ static void start_residual(const BnVectors& norm, const Affine& k, Range channel
 template <class T>
 static void forward(const BnActArgs& a, const Grid& grid) {
   const bool sums = a.training && !a.moments;  // to be taken here
-  float* own = scratch(size_t((sums ? 3 * grid.chunks + 6 : 6) * grid.padded));
+  const Workspace work(size_t((sums ? 3 * grid.chunks + 6 : 6) * grid.padded) * 4);
+  float* own = work.floats();
   float* constants = own + (sums ? 3 * grid.chunks * grid.padded : 0);
   float* partials = sums ? own : a.moments;
   const auto affine = [&](int64_t i) -> Affine {

@@ -1,13 +1,13 @@
 // What bn_act's forward and backward share: the fixed chunks of rows every sum is cut into, how a team divides
-// them, column loops with masked tails, and scratch. The chunk grid depends on the number of rows alone, so
+// them, column loops with masked tails. The chunk grid depends on the number of rows alone, so
 // neither the thread count nor timing can change a bit of any sum.
 #pragma once
 #include <cmath>
 #include <type_traits>
 
 #include "../bn_act.h"
+#include "../workspace.h"
 #include "parallel.h"
-#include "scratch.h"
 #include "simd.h"
 
 namespace rf {

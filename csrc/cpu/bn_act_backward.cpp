@@ -132,7 +132,8 @@ static void dx_any(const BnActBackwardArgs& a, const Backward& b, const T* dy, b
 template <class T, Mask mask>
 static void backward(const BnActBackwardArgs& a, const Grid& grid) {
   const size_t sums_size = size_t(2 * grid.chunks * grid.padded);
-  float* partials = scratch(sums_size + size_t(5 * grid.padded));
+  const Workspace work((sums_size + size_t(5 * grid.padded)) * 4);
+  float* partials = work.floats();
   float* at = partials + sums_size;
   const Backward b = {{at, at + grid.padded, at + 2 * grid.padded}, at + 3 * grid.padded, at + 4 * grid.padded};
   const bool second_pass = a.dx && a.training;

@@ -51,7 +51,8 @@ template <class T, bool keep_places>
 static void forward(const BnActMaxPoolArgs& a) {
   const PoolShape& s = a.shape;
   const int64_t padded = round_up(s.C, kMergeBlock);
-  float* at = scratch(size_t(3 * padded));
+  const Workspace work(size_t(3 * padded) * 4);
+  float* at = work.floats();
   const Affine k = {at, at + padded, at + 2 * padded};
   find_constants(k, s.C, a.gamma, a.beta, a.mean, a.var, a.eps);
   parallel(a.threads, [&](const Team& team) {
@@ -165,7 +166,8 @@ static void backward(const BnActMaxPoolBackwardArgs& a) {
   const PoolShape& s = a.shape;
   const Grid grid(s.N * s.H * s.W, s.C);
   const size_t sums_size = size_t(2 * grid.chunks * grid.padded);
-  float* partials = scratch(sums_size + size_t(5 * grid.padded));
+  const Workspace work((sums_size + size_t(5 * grid.padded)) * 4);
+  float* partials = work.floats();
   float* at = partials + sums_size;
   const Backward b = {{at, at + grid.padded, at + 2 * grid.padded}, at + 3 * grid.padded, at + 4 * grid.padded};
   find_constants(b.k, s.C, a.gamma, nullptr, a.mean, a.var, a.eps);

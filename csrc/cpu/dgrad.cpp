@@ -5,10 +5,10 @@
 // Blocks of pixels are gathered into gemm.h's tiles as conv_direct does; a tile's sums go to dx pixel by pixel,
 // because neighbours of a class lie `stride` apart. Stride 1 is one class; Winograd on flipped filters beats it at 3x3.
 // Groups one after another; those that share a vector are dgrad_grouped.cpp's.
+#include "../workspace.h"
 #include "conv_direct.h"
 #include "grouped.h"
 #include "row_shares.h"
-#include "scratch.h"
 
 namespace rf {
 namespace RF_ISA {
@@ -208,10 +208,10 @@ void dgrad_any(const DgradArgs& a) {
   const int64_t panels = s.groups * ceil_div(s.C / s.groups, int64_t(kPanel));
   const int64_t packed_floats = panels * most_words * kPanel * int64_t(sizeof(Word)) / 4;
   const int64_t block_floats = most_rows * most_words * int64_t(sizeof(Word)) / 4 + 16;
-  float* buffer = scratch(size_t(packed_floats + a.threads * block_floats));
+  const Workspace work(size_t(packed_floats + a.threads * block_floats) * 4);
   parallel(a.threads, [&](const Team& team) {
-    Word* packed = reinterpret_cast<Word*>(buffer);
-    Word* block = reinterpret_cast<Word*>(buffer + packed_floats + team.rank * block_floats);
+    Word* packed = reinterpret_cast<Word*>(work.floats());
+    Word* block = reinterpret_cast<Word*>(work.floats() + packed_floats + team.rank * block_floats);
     for (int64_t h = 0; h < s.stride_h; ++h)
       for (int64_t w = 0; w < s.stride_w; ++w)
         run_class<T, Word>(a, Class<Word>(s, h, w), team, packed, block, most_rows);

@@ -2,8 +2,8 @@
 // stride. 2*N*P*Q*K*R*S*(C/groups) flops: input pixels fall into the residue classes of dgrad.cpp, and inside one the
 // gradient is a small grouped convolution of dy of stride 1, whose taps lie in dy's rows as the forward's in x's.
 // Rows of dy are copied to a padded buffer once for all classes, one vector of channels side by side.
+#include "../workspace.h"
 #include "grouped.h"
-#include "scratch.h"
 
 namespace rf {
 namespace RF_ISA {
@@ -147,8 +147,8 @@ class Run {
 template <class T, class Word>
 void dgrad_any(const DgradArgs& a) {
   const Run<T, Word> run(a);
-  static_assert(sizeof(Word) == sizeof(float), "scratch is counted in words of four bytes");
-  Word* memory = reinterpret_cast<Word*>(scratch(run.words(a.threads)));
+  const Workspace work(size_t(run.words(a.threads)) * sizeof(Word));
+  Word* memory = reinterpret_cast<Word*>(work.floats());
   parallel(a.threads, [&](const Team& team) { run.run(memory, team); });
 }
 

@@ -4,7 +4,7 @@
 // output of a convolution whose input is dy and whose filters have K and C exchanged, packed at every call: 36
 // floats for 9, a panel at a time where they outweigh the tiles. float32 only: on bf16's pairs the pixels that four
 // taps meet lost 4.6 times eager's accuracy.
-#include "scratch.h"
+#include "../workspace.h"
 #include "winograd_streamed.h"
 
 namespace rf {
@@ -50,15 +50,15 @@ void dgrad_winograd(const DgradArgs& a) {
   args.y = a.dx;
   PackStridedArgs filters{s, a.dtype, 0, nullptr, a.w, a.stride_c, a.stride_k, a.stride_r, a.stride_s, a.threads};
   if (const size_t bytes = streamed(s, a.threads)) {
-    args.scratch = scratch(bytes / sizeof(float));
+    const Workspace work(bytes);
+    args.scratch = work.at(0);
     return run_streamed<Line, Line, float, float>(args, filters, a.threads);
   }
   const WinogradPlan<Line, Line, float> plan(s, args.config);
   const size_t packed = odd_lines(plan.weight_bytes()), working = plan.scratch_bytes(args.config, a.threads);
-  char* buffer = reinterpret_cast<char*>(scratch((packed + working) / sizeof(float)));
-  args.packed = buffer;
-  args.scratch = buffer + packed;
-  filters.packed = buffer;
+  const Workspace work(packed + working);
+  args.packed = filters.packed = work.at(0);
+  args.scratch = work.at(packed);
   parallel(a.threads, [&](const Team& team) {
     pack_winograd<Line, Line, float>(filters, team);
     team.sync();

@@ -11,9 +11,9 @@
 // dy they make dw turned, rows (r, s, c) by panels of filters. Groups of as many filters as channels that a vector
 // holds whole, or that vectors fill, are wgrad_grouped.cpp's: here panels of so few columns stay empty.
 #include "../conv_backward.h"
+#include "../workspace.h"
 #include "conv_algorithms.h"
 #include "grouped.h"
-#include "scratch.h"
 #include "wgrad_tile.h"
 
 namespace rf {
@@ -309,8 +309,8 @@ class WgradGemm {
 template <class T, class Word>
 void wgrad_any(const WgradArgs& a) {
   const Plan<T, Word> p(a.shape);
-  static_assert(sizeof(Word) == 4, "scratch is counted in words of four bytes");
-  Word* buffer = reinterpret_cast<Word*>(scratch(size_t(WgradGemm<T, Word>::words(p, a.threads))));
+  const Workspace work(size_t(WgradGemm<T, Word>::words(p, a.threads)) * sizeof(Word));
+  Word* buffer = reinterpret_cast<Word*>(work.floats());
   parallel(a.threads, [&](const Team& team) { WgradGemm<T, Word>(a, p, buffer, team).run(); });
 }
 

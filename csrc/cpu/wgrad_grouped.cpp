@@ -10,8 +10,8 @@
 // times as long at 56x56, 4 channels a group, float32. Of bf16, where vdpbf16ps is, a word is two pixels that meet the
 // same taps: at 14x14, 16 a group, 1.3 ms for 2.2 of widened floats. Chunks of images, whose number hangs on the shape
 // alone, have totals of their own, added in order at the end: any team adds the same numbers in the same order.
+#include "../workspace.h"
 #include "grouped.h"
-#include "scratch.h"
 
 namespace rf {
 namespace RF_ISA {
@@ -335,8 +335,8 @@ class Run {
 template <class T, class Word>
 void wgrad_any(const WgradArgs& a) {
   const Plan p(a.shape, WordOf<Word>::kElements);
-  static_assert(sizeof(Word) == sizeof(float), "scratch is counted in words of four bytes");
-  float* memory = scratch(size_t(p.chunks * p.strips * p.vectors * p.totals + a.threads * p.buffer));
+  const Workspace work(size_t(p.chunks * p.strips * p.vectors * p.totals + a.threads * p.buffer) * sizeof(Word));
+  float* memory = work.floats();
   parallel(a.threads, [&](const Team& team) { Run<T, Word>(a, p, memory, team); });
 }
 

@@ -6,7 +6,7 @@
 // same for any team. A block of rows is transformed into L2, then every strip and panel of every point sums all of it
 // in registers: chains of some 112 tiles.
 #include "../conv_backward.h"
-#include "scratch.h"
+#include "../workspace.h"
 #include "stem_lines.h"
 #include "wgrad_tile.h"
 
@@ -193,8 +193,8 @@ const char* wgrad_stem_why_not(const ConvShape& s, DType t) {
 
 void wgrad_stem(const WgradArgs& a) {
   const Plan p(a.shape);
-  float* buffer = scratch(size_t(p.floats(a.threads)));
-  parallel(a.threads, [&](const Team& team) { Run(a, p, buffer, team); });
+  const Workspace work(size_t(p.floats(a.threads)) * 4);
+  parallel(a.threads, [&](const Team& team) { Run(a, p, work.floats(), team); });
 }
 
 }  // namespace RF_ISA

@@ -7,7 +7,7 @@
 // floats for 4, and the tiles then run over all of the block, each by one thread, block after
 // block: the same bits for any team. Packing is what it costs: few filters or channels gain nothing.
 #include "../conv_backward.h"
-#include "scratch.h"
+#include "../workspace.h"
 #include "strassen.h"
 #include "wgrad_tile.h"
 
@@ -174,8 +174,8 @@ const char* wgrad_strassen_why_not(const ConvShape& s, DType t) {
 
 void wgrad_strassen(const WgradArgs& a) {
   const Plan p(a.shape);
-  float* buffer = scratch(size_t(p.floats()));
-  parallel(a.threads, [&](const Team& team) { Run(a, p, buffer, team).run(); });
+  const Workspace work(size_t(p.floats()) * 4);
+  parallel(a.threads, [&](const Team& team) { Run(a, p, work.floats(), team).run(); });
 }
 
 }  // namespace RF_ISA

@@ -8,7 +8,7 @@
 // any team. bf16 tensors are widened: a bf16 F(3x3, 2x2) needs 2.25 times fewer products at twice the rate, so no less
 // time, and rounds its transforms; at stride 2, 1.78 times fewer are no gain on wgrad.cpp's pairs.
 #include "../conv_backward.h"
-#include "scratch.h"
+#include "../workspace.h"
 #include "wgrad_tile.h"
 #include "winograd.h"
 
@@ -351,7 +351,8 @@ template <class L, class T>
 void wgrad_winograd_any(const WgradArgs& a) {
   const Plan<L> p(a.shape);
   const int64_t floats = WgradWinograd<L, T>::floats(p, a.threads), pixel = larger(p.panels * kPanel, a.shape.K);
-  float *buffer = scratch(size_t(floats + pixel)), *zeros = buffer + floats;
+  const Workspace work(size_t(floats + pixel) * 4);
+  float *buffer = work.floats(), *zeros = buffer + floats;
   std::memset(zeros, 0, size_t(pixel) * 4);
   parallel(a.threads, [&](const Team& team) { WgradWinograd<L, T>(a, p, buffer, zeros, team).run(); });
 }
