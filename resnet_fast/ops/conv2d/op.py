@@ -7,7 +7,7 @@ from torch import Tensor
 
 from resnet_fast import _library, backends
 from resnet_fast.ops import common
-from resnet_fast.ops.conv2d import eager
+from resnet_fast.ops.conv2d import eager, parts
 
 
 def conv2d(
@@ -87,17 +87,6 @@ def gradients(dy, x, weight, bias, stride, padding, dilation, groups, wants) -> 
     )
 
 
-def data_gradient_onto(dy, x, weight, stride, padding, dilation, groups, other) -> Tensor:
-    """dx, and another gradient of x of its dtype added: in the epilogue where a room has that, else to dx in place."""
-    given = (dy, x, weight, stride, padding, dilation, groups)
-
-    def parts() -> Tensor:
-        dx = backends.run("conv2d", "bwd", *given[:3], False, *given[3:], [True, False, False])[0]
-        return dx.add_(other)
-
-    return backends.run_whole("conv2d", "dgrad_onto", parts, *given, other)
-
-
 def _setup(ctx, inputs, output) -> None:
     x, weight, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
     ctx.save_for_backward(x, weight)
@@ -128,7 +117,7 @@ def _joined(ctx, dy: Tensor, other: Tensor):
         dx, *rest = _backward(ctx, dy)
         return dx + other, *rest
 
-    dx = data_gradient_onto(dy, x, weight, *window, other)
+    dx = parts.data_gradient_onto(dy, x, weight, *window, other)
     _, dw, db = gradients(dy, x, weight, ctx.bias, *window, [False, *wants[1:]])
     return common.like_input(dx, x), dw if wants[1] else None, db if wants[2] else None, *(None,) * 4
 

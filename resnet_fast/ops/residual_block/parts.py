@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from resnet_fast import backends
-from resnet_fast.ops.conv2d.op import data_gradient_onto
+from resnet_fast.ops.conv2d.parts import data_gradient_onto
 from resnet_fast.ops.residual_block import eager
 
 
