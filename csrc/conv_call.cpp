@@ -121,10 +121,9 @@ bool conv_weight_gradient(const WgradArgs& a, bool exact) {
   const Kernels& k = kernels();
   const ConvShape& s = a.shape;
   const bool winograd = !exact && !k.wgrad_winograd_why_not(s, a.dtype);
-  const bool strassen = !exact && !k.wgrad_strassen_why_not(s, a.dtype);
   const bool stem = !exact && !k.wgrad_stem_why_not(s, a.dtype);
-  (winograd ? k.wgrad_winograd : strassen ? k.wgrad_strassen : stem ? k.wgrad_stem : k.wgrad)(a);
-  if (s.R * s.S == 1 && !strassen) return true;
+  (winograd ? k.wgrad_winograd : stem ? k.wgrad_stem : k.wgrad)(a);
+  if (s.R * s.S == 1) return true;
   float sum = 0;
   for (int64_t r = 0; r < s.R; ++r)
     for (int64_t t = 0; t < s.S; ++t) {

@@ -52,10 +52,9 @@ const char* conv_data_gradient_why_not(const ConvShape&, DType, bool residual);
 
 // dw, and whether what a value of dy or x that is not finite would spoil is finite.
 //
-// The border is multiplied as zeros, and 0 times a NaN of dy is NaN: torch leaves those taps out; Winograd mixes taps,
-// Strassen the halves of filters and channels. What is not finite in filter k's gradient reaches dw[k] of every
-// channel, in channel c of x dw[:, c] of every filter of its group: the first of each is looked at. Of other 1x1
-// filters, which have neither border nor anything mixed, none.
+// The border is multiplied as zeros, and 0 times a NaN of dy is NaN: torch leaves those taps out; Winograd mixes taps.
+// What is not finite in filter k's gradient reaches dw[k] of every channel, in channel c of x dw[:, c] of every filter
+// of its group: the first of each is looked at. Of 1x1 filters, which have neither border nor anything mixed, none.
 bool conv_weight_gradient(const WgradArgs&, bool exact);
 
 }  // namespace rf

@@ -22,7 +22,7 @@ import torch
 
 from resnet_fast import _native
 
-FORMAT = 7
+FORMAT = 8
 _lock = threading.RLock()
 _known: dict[str, str] | None = None
 _fresh: dict[str, str] = {}

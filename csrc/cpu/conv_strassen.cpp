@@ -18,7 +18,10 @@ namespace RF_ISA {
 namespace {
 
 const char* why_not(const ConvShape& s, DType t) {
-  if (const char* why = strassen_why_not(s, t)) return why;
+  if (t != DType::f32) return "strassen rounds too often for bfloat16";
+  if (s.R * s.S * s.stride_h * s.stride_w != 1 || s.pad_h + s.pad_w != 0)
+    return "strassen takes 1x1 filters at stride 1 without padding";
+  if (s.groups != 1) return "strassen takes one group";
   if (s.planar) return "strassen reads NHWC only";
   if (s.C % (2 * kChunk<float>) != 0 || s.K % (2 * kPanel) != 0)
     return "strassen halves channels and filters into whole vectors and panels";

@@ -1,10 +1,11 @@
 // The filters of "strassen" (conv_strassen.cpp), packed: seven matrices of half the depth by half the columns each.
 #pragma once
 #include "conv_pack_strided.h"
-#include "strassen.h"
 
 namespace rf {
 namespace RF_ISA {
+
+constexpr int kProducts = 7;  // of the quarters of two matrices
 
 struct StrassenPlan {
   int64_t pixels, pairs_per_image, pairs;  // pairs of neighbouring pixels of one image, the last perhaps of one

@@ -32,8 +32,6 @@ struct Kernels {
   void (*wgrad)(const WgradArgs&);
   ConvBackwardWhyNot wgrad_winograd_why_not;
   void (*wgrad_winograd)(const WgradArgs&);
-  ConvBackwardWhyNot wgrad_strassen_why_not;
-  void (*wgrad_strassen)(const WgradArgs&);
   ConvBackwardWhyNot wgrad_stem_why_not;
   void (*wgrad_stem)(const WgradArgs&);
   ConvBackwardWhyNot dgrad_why_not;

@@ -20,8 +20,6 @@ const char* wgrad_why_not(const ConvShape&, DType);
 void wgrad(const WgradArgs&);
 const char* wgrad_winograd_why_not(const ConvShape&, DType);
 void wgrad_winograd(const WgradArgs&);
-const char* wgrad_strassen_why_not(const ConvShape&, DType);
-void wgrad_strassen(const WgradArgs&);
 const char* wgrad_stem_why_not(const ConvShape&, DType);
 void wgrad_stem(const WgradArgs&);
 const char* dgrad_why_not(const ConvShape&, DType);
@@ -53,8 +51,6 @@ const Kernels kKernels = {
     /*wgrad=*/wgrad,
     /*wgrad_winograd_why_not=*/wgrad_winograd_why_not,
     /*wgrad_winograd=*/wgrad_winograd,
-    /*wgrad_strassen_why_not=*/wgrad_strassen_why_not,
-    /*wgrad_strassen=*/wgrad_strassen,
     /*wgrad_stem_why_not=*/wgrad_stem_why_not,
     /*wgrad_stem=*/wgrad_stem,
     /*dgrad_why_not=*/dgrad_why_not,
