@@ -1,6 +1,7 @@
 // Large output buffers, kept between calls (buffers.h).
 #include "buffers.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -20,6 +21,7 @@ namespace {
 
 constexpr size_t kHugePage = 2u << 20;
 constexpr size_t kGrain = 64u << 10;  // of a buffer: whole huge pages would waste 14 % of a 12.25 MB tensor
+constexpr size_t kMostSpare = 24u << 20, kSpareOfPeak = 16;
 
 size_t round_up(size_t bytes, size_t grain) { return (bytes + grain - 1) / grain * grain; }
 #ifdef __linux__
@@ -62,6 +64,7 @@ struct Buffers {
   std::map<char*, size_t> kept;            // address -> size: neighbours are one block
   std::set<std::pair<size_t, char*>> by_size;
   size_t used_bytes = 0, kept_bytes = 0, peak_bytes = 0;
+  bool spare = true;
 
   void keep(char* at, size_t bytes) {
     kept.emplace(at, bytes), by_size.emplace(bytes, at);
@@ -105,17 +108,29 @@ Buffers& buffers() {
   return *all;
 }
 
-// Unmaps from the largest kept blocks until at most `most` bytes are kept; returns how many bytes that were.
+// Unmaps kept blocks, the smallest first, until at most `most` bytes are kept; returns how many bytes that were.
 size_t trim(Buffers& b, size_t most) {
   const size_t before = b.kept_bytes;
   while (b.kept_bytes > most) {
-    const auto [size, at] = *std::prev(b.by_size.end());
+    const auto [size, at] = *b.by_size.begin();
     const size_t excess = b.kept_bytes - most, left = kDivisible && size > excess ? size - excess : 0;
     b.drop(at, size);
     unmap(at + left, size - left);
     if (left) b.keep(at, left);
   }
   return before - b.kept_bytes;
+}
+
+// A kept block for `size` bytes, or the end. The one that lies highest, of which the top is cut off: buffers that live
+// long gather there, and what is free stays in fewer pieces than by the tightest fit.
+std::map<char*, size_t>::const_iterator find_kept(const Buffers& b, size_t size) {
+  if (!kDivisible) {
+    const auto fit = b.by_size.lower_bound({size, nullptr});
+    return fit != b.by_size.end() && fit->first <= size + size / 4 ? b.kept.find(fit->second) : b.kept.end();
+  }
+  const auto top =
+      std::find_if(b.kept.rbegin(), b.kept.rend(), [&](const auto& block) { return block.second >= size; });
+  return top == b.kept.rend() ? b.kept.end() : std::prev(top.base());
 }
 
 }  // namespace
@@ -126,25 +141,23 @@ void* take_buffer(size_t bytes) {
   const std::lock_guard<std::mutex> lock(b.mutex);
   char* data = nullptr;
   size_t given = size;
-  const auto fit = b.by_size.lower_bound({size, nullptr});
-  if (fit != b.by_size.end() && (kDivisible || fit->first <= size + size / 4)) {
-    const auto [whole, at] = *fit;
+  if (const auto found = find_kept(b, size); found != b.kept.end()) {
+    const auto [at, whole] = *found;
     b.drop(at, whole);
-    data = at;
-    if (!kDivisible)
-      given = whole;
-    else if (whole > size)
-      b.keep(at + size, whole - size);
+    if (!kDivisible) given = whole;
+    data = at + whole - given;
+    if (whole > given) b.keep(at, whole - given);
   } else {
     const size_t mapped = kDivisible ? round_up(size, kHugePage) : size;
-    const size_t peak = b.peak_bytes > b.used_bytes + mapped ? b.peak_bytes : b.used_bytes + mapped;
-    trim(b, peak - b.used_bytes - mapped);
+    const size_t peak = std::max(b.peak_bytes, b.used_bytes + mapped);
+    const size_t spare = b.spare ? std::min(peak / kSpareOfPeak, kMostSpare) : 0;
+    trim(b, peak + spare - b.used_bytes - mapped);
     data = static_cast<char*>(map(mapped));
     if (mapped > size) b.join(data + size, mapped - size);
   }
   b.used.emplace(data, given);
   b.used_bytes += given;
-  if (b.used_bytes > b.peak_bytes) b.peak_bytes = b.used_bytes;
+  b.peak_bytes = std::max(b.peak_bytes, b.used_bytes);
   return data;
 }
 
@@ -165,6 +178,12 @@ size_t release_buffers() {
   const std::lock_guard<std::mutex> lock(b.mutex);
   b.peak_bytes = b.used_bytes;
   return trim(b, 0);
+}
+
+void keep_spare(bool spare) {
+  Buffers& b = buffers();
+  const std::lock_guard<std::mutex> lock(b.mutex);
+  b.spare = spare;
 }
 
 size_t buffers_in_use() {

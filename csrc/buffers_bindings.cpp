@@ -75,6 +75,7 @@ void bind_buffers(py::module_& m) {
         "a DLPack capsule of an uninitialised channels_last tensor in memory that is kept for reuse");
   m.def("release_buffers", &release_buffers, "gives memory kept for reuse back; returns its bytes");
   m.def("buffers_in_use", &buffers_in_use);
+  m.def("keep_spare", &keep_spare, py::arg("spare"), "whether a little more may be kept than was in use at once");
 }
 
 }  // namespace rf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 
 import pytest
 import torch
@@ -78,11 +79,59 @@ def test_what_is_kept_is_bounded_and_given_back():
     assert 8 << 20 <= size <= 10 << 20
     del first
     assert native.buffers_in_use() == before
-    # In use and kept together are never more than was in use at once: what does not fit is given back first.
+    # In use and kept together are never much more than was in use at once: what does not fit is given back first.
     other = common.cpu_output((4, 64, 64, 64), torch.float32)
     assert native.buffers_in_use() - before + native.release_buffers() <= size
     del other
     assert native.release_buffers() == 4 << 20 and native.release_buffers() == 0
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_what_comes_and_goes_stays_whole_and_bounded(spare):
+    """Random sizes: nobody writes into another's, and what is kept beside them is the peak's rest and the spare."""
+    gc.collect()
+    native = _native.module()
+    native.keep_spare(spare)
+    try:
+        for seed in range(10):
+            draw, live, peak = random.Random(seed), [], 0
+            native.release_buffers()
+            before = native.buffers_in_use()
+            for number in range(120):
+                if live and draw.random() < 0.45:
+                    value, t = live.pop(draw.randrange(len(live)))
+                    assert t.unique().tolist() == [value]
+                    del t
+                else:
+                    t = common.cpu_output((1, draw.randint(5, 50), 256, 256), torch.float32)
+                    live.append((float(number), t.fill_(number)))
+                    del t
+                peak = max(peak, native.buffers_in_use() - before)
+            assert all(t.unique().tolist() == [value] for value, t in live)
+            together = native.buffers_in_use() - before + native.release_buffers()
+            whole_page = 2 << 20  # what was asked for is rounded up
+            assert together <= peak + whole_page + (min((peak + whole_page) // 16, 24 << 20) if spare else 0)
+            live.clear()
+    finally:
+        native.keep_spare(True)
+
+
+@pytest.mark.parametrize(("memory", "mapped"), [("default", 0), ("lean", 1)])
+def test_convert_says_whether_to_keep_a_spare(memory, mapped):
+    """Two halves apart from each other do for no whole: without a spare they are given back for it."""
+    native = _native.module()
+    resnet_fast.convert(torch.nn.Identity(), memory=memory)
+    try:
+        gc.collect()
+        native.release_buffers()
+        tensors = [common.cpu_output((1, 64, 256, 256), torch.float32) for _ in range(24)]
+        del tensors[5], tensors[10]  # 16 MB each; a spare of a sixteenth of 384 MB is 24
+        whole = common.cpu_output((1, 80, 256, 256), torch.float32)
+        kept = native.release_buffers()
+        assert (kept < 20 << 20) == bool(mapped), kept
+        del tensors, whole
+    finally:
+        native.keep_spare(True)
 
 
 def test_large_gradients_are_buffers_with_the_strides_of_their_weights():
