@@ -4,9 +4,9 @@
 // dies, to be cut and joined as later tensors want it. What is in use and kept together exceeds what was in use at once
 // by little (keep_spare), so it costs memory only while something else grows: the weight gradients, which backward
 // makes while the activations go, are therefore buffers too. Without the spare what is free is in pieces too small when
-// most is in use, and is given back and mapped anew: 150 MB a step of ResNet-18 and -50, 1.07 and 1.02 times their time
-// (ResNet-101: nothing after some steps, either way). Keeping an eighth only was tried: ResNet-18 at batch 16 faults
-// 400 MB a step, 980 ms for 670.
+// most is in use, and is given back and mapped anew: 65 to 235 MB a step of ResNet-18 and -50 at batch 16, 1.07
+// and 1.02 times their time. Keeping an eighth only was tried: ResNet-18 at batch 16 faults 400 MB a step, 980 ms for
+// 670.
 #pragma once
 #include <cstddef>
 #include <cstdint>
