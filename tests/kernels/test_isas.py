@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from resnet_fast import _C, backends, functional
+from resnet_fast import _C, backends, exact, functional
+from resnet_fast.testing import check
 
 ISAS = ("default", "avx2", "avx512", "avx512_bf16")
 HERE = Path(__file__).parent
@@ -36,25 +38,47 @@ def environment(isa: str) -> dict[str, str]:
     return found | {"RESNET_FAST_ISA": isa, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
+def norm(z, v, training=False):
+    return F.batch_norm(z, None if training else v[0], None if training else v[1], v[2], v[3], training)
+
+
+#: From the public function to the kernel, and plain PyTorch; x, w and r in the dtype, vectors in float32.
+CALLS = {
+    "add_relu": (
+        lambda x, w, r, **v: functional.add_relu(r, r.roll(1, 0)),
+        lambda x, w, r, **v: F.relu(r + r.roll(1, 0)),
+    ),
+    "conv_bn_act": (
+        lambda x, w, r, **v: functional.conv_bn_act(x, w, None, *v.values(), r, padding=1),
+        lambda x, w, r, **v: F.relu(norm(F.conv2d(x, w, None, 1, 1), [*v.values()]) + r),
+    ),
+    "conv2d": (
+        lambda x, w, r, **v: functional.conv2d(x, w, padding=1),
+        lambda x, w, r, **v: F.conv2d(x, w, None, 1, 1),
+    ),
+    "bn_act": (
+        lambda x, w, r, **v: functional.bn_act(r, None, None, v["gamma"], v["beta"], training=True),
+        lambda x, w, r, **v: F.relu(norm(r, [*v.values()], training=True)),
+    ),
+    "max_pool2d": (
+        lambda x, w, r, **v: functional.max_pool2d(r, 3, 2, 1),
+        lambda x, w, r, **v: F.max_pool2d(r, 3, 2, 1),
+    ),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operators_in_this_instruction_set(dtype):
-    """From the public function to the kernel; the files beside this one call the kernels alone."""
-    near = {torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
-    x, w = torch.randn(2, 19, 11, 9).to(dtype), (torch.randn(33, 19, 3, 3) / 13).to(dtype)
-    v = [torch.rand(33) + 0.5 for _ in range(4)]
-    r = torch.randn(2, 33, 11, 9).to(dtype)
-    calls = [
-        lambda: functional.add_relu(r, r.roll(1, 0)),
-        lambda: functional.conv_bn_act(x, w, None, *v, r, padding=1),
-        lambda: functional.conv2d(x, w, padding=1),
-        lambda: functional.bn_act(r, None, None, v[0], v[1], training=True),
-        lambda: functional.max_pool2d(r, 3, 2, 1),
-    ]
-    for call in calls:
-        with backends.use_backend("cpu"):
-            got = call()
-        with backends.use_backend("eager"):
-            torch.testing.assert_close(got, call(), rtol=near, atol=near)
+@pytest.mark.parametrize("op", CALLS)
+def test_operators_in_this_instruction_set(op, dtype):
+    """The files beside this one call the kernels alone."""
+
+    def make():
+        vectors = {name: torch.rand(33) + 0.5 for name in ("mean", "var", "gamma", "beta")}
+        x, w, r = torch.randn(2, 19, 11, 9), torch.randn(33, 19, 3, 3) / 13, torch.randn(2, 33, 11, 9)
+        return {"x": x.to(dtype), "w": w.to(dtype), "r": r.to(dtype)} | vectors
+
+    with exact(), backends.use_backend("cpu"):
+        check.compare(*CALLS[op], make)
 
 
 @pytest.mark.skipif("RESNET_FAST_ISA" in os.environ, reason="already one of the forced runs")
