@@ -68,11 +68,13 @@ class Block {
       k_.bn_act_forward(args);
       if (whole) finish_norm(link, vectors.get());
     }
-    const BlockLink& last = b_.links[last_];
+    const Buffer unkept_shortcut(projects() ? unkept_bytes(b_.projection[0]) : 0);
+    const Buffer unkept(unkept_bytes(b_.links[last_]));
+    const BlockLink last = with_output(b_.links[last_], unkept.get());
     BnActArgs end = norm(last, b_.y, true);
     end.residual = b_.x;
     if (projects()) {
-      const BlockLink& p = b_.projection[0];
+      const BlockLink p = with_output(b_.projection[0], unkept_shortcut.get());
       BnActArgs statistics = norm(p, nullptr, true);
       statistics.moments = convolve(p, {b_.x, {}}, moments.get());
       k_.bn_act_forward(statistics);
@@ -84,6 +86,7 @@ class Block {
   }
 
   // Temporaries lie where something else will: of a block's maps only dz has memory of its own, and g or the gradient.
+  // A z that was not kept lies where its dz will.
   bool backward(const void* dy, void* dx) const {
     size_t outputs = 0, inputs = 0;
     for (const BlockLink& link : b_.links) outputs = std::max(outputs, output_bytes(link, b_.dtype));
@@ -97,14 +100,17 @@ class Block {
     const Buffer own_g(shortcut && !onto ? masked : 0), dz(outputs), own_gradient(between ? 0 : inputs);
     void *const g = onto ? dx : own_g.get(), *const gradient = between ? dx : own_gradient.get();
     bool finite = true;
-    BnActBackwardArgs end = norm_backward(b_.links[last_], dy, dz.get(), true);
+    const bool again = !b_.links[last_].z;
+    if (again && last_ > 0) normalise(b_.links[last_ - 1], gradient, false);
+    BnActBackwardArgs end =
+        norm_backward(computed(b_.links[last_], last_ > 0 ? gradient : b_.x, dz.get()), dy, dz.get(), true);
     end.dresidual = g;
     end.y = b_.y;
     k_.bn_act_backward(end);
     for (int i = last_; i > 0; --i) {
       const BlockLink &link = b_.links[i], &before = b_.links[i - 1];
       if (link.dw) {  // what it multiplies lies where its gradient will
-        normalise(before, gradient, false);
+        if (i < last_ || !again) normalise(before, gradient, false);
         finite &= weight_gradient(link, link.shape, dz.get(), gradient);
       }
       if (!dx && !wants_up_to(i - 1)) break;
@@ -131,9 +137,22 @@ class Block {
     return takes(link).moments ? sizeof(float) * k_.bn_moments_size(rows_of(link), link.shape.K) : 0;
   }
 
-  // z of a link; its moments at `moments` where the convolution takes them, else null.
+  // Where a z that is not kept goes.
+  size_t unkept_bytes(const BlockLink& link) const { return link.z ? 0 : output_bytes(link, b_.dtype); }
+  static BlockLink with_output(BlockLink link, void* z) {
+    if (!link.z) link.z = z;
+    return link;
+  }
+  // The link with its z: the one kept, or computed again of `in` to `z`.
+  BlockLink computed(const BlockLink& link, const void* in, void* z) const {
+    const BlockLink whole = with_output(link, z);
+    if (!link.z) convolve(whole, {in, {}}, nullptr);
+    return whole;
+  }
+
+  // z of a link; its moments at `moments` where that is and the convolution takes them, else null.
   float* convolve(const BlockLink& link, const Before& before, void* moments) const {
-    float* taken = takes(link).moments ? static_cast<float*>(moments) : nullptr;
+    float* taken = moments && takes(link).moments ? static_cast<float*>(moments) : nullptr;
     conv_forward({link.shape, b_.dtype, link.z, before.x, link.filters, nullptr, nullptr, nullptr, false, b_.exact,
                   b_.threads, taken, before.norm});
     return taken;
@@ -187,7 +206,7 @@ class Block {
   bool projection_backward(const void* g, void* dz, void* dx) const {
     const BlockLink& p = b_.projection[0];
     bool finite = true;
-    k_.bn_act_backward(norm_backward(p, g, dz, false));
+    k_.bn_act_backward(norm_backward(computed(p, b_.x, dz), g, dz, false));
     const bool few = leaves_out(p.shape), in_place = !few && is_convolution_of_dy(p.shape);
     const ConvShape shape = few ? among_its_pixels(p.shape) : p.shape;
     const Buffer input((few && p.dw) || (dx && !in_place) ? input_bytes(shape, b_.dtype) : 0);

@@ -15,8 +15,10 @@ struct BlockLink {
   Filters filters;
   const float *gamma, *beta;  // or null: 1 and 0
   double eps;
-  void* z;            // the convolution's output: out in forward, in in backward
-  float *mean, *var;  // of z, biased: likewise
+  // The convolution's output: out in forward, in in backward. Null, of the last link and the projection: not kept, and
+  // backward computes it again, the same bits.
+  void* z;
+  float *mean, *var;  // of z, biased: out in forward, in in backward
   // Backward only; null where not wanted.
   float* dw;
   std::array<int64_t, 4> dw_strides;  // k, c, r, s

@@ -72,9 +72,10 @@ def convert(model: Model, *, memory: str = "default", verbose: bool = False) -> 
         model: any module; a module that is shared or not understood is left as it is. Converting again changes `memory`.
         memory: what training keeps for backward. "default": the convolutions' outputs, without the normalised maps and
             the stem's pooled one, which are computed again (resnet18 keeps 0.66 of eager's bytes, resnet50 0.79).
-            "lean": neither the outputs of the stem's convolution and of blocks' last 1x1 convolutions (0.51 and 0.50),
-            for the time of computing these again; gradients of gradients are then refused. The kernels' own memory in
-            this process then keeps nothing to spare (up to 24 MB, which spare a step mapping pages anew).
+            "lean": neither the outputs of the stem's convolution, of blocks' last 1x1 convolutions and of their projections
+            (0.48 and 0.43), for the time of computing these again; gradients of gradients are refused where a stem is
+            computed again. The kernels' own memory in this process then keeps nothing to spare (up to 24 MB, which spare
+            a step mapping pages anew).
         verbose: print the report of `explain`.
 
     Returns:
@@ -253,10 +254,12 @@ def _native_row(name: str, module: nn.Module) -> Row:
     )
     reasons = {c: fused.why_not_fused(getattr(module, c), getattr(module, b)) for c, b in pairs}
     note = "; ".join(f"{c}: {r}" for c, r in reasons.items() if r)
-    again = (
-        getattr(module, "memory", "default") == "lean" and not note and fused.recomputes(getattr(module, pairs[-1][0]))
-    )
-    return Row(name, type(module).__name__, sum(r is None for r in reasons.values()), note, int(again))
+    ends = [getattr(module, pairs[-1][0])]
+    if isinstance(getattr(module, "downsample", None), nn.Sequential):
+        ends += module.downsample[:1]
+    lean = getattr(module, "memory", "default") == "lean" and not note
+    again = sum(map(fused.recomputes, ends)) if lean else 0
+    return Row(name, type(module).__name__, sum(r is None for r in reasons.values()), note, again)
 
 
 def _run_and_note(model: nn.Module, x: Tensor, report: Report) -> None:

@@ -35,9 +35,9 @@ def saved_bytes(model: torch.nn.Module, x: torch.Tensor) -> int:
     [
         ("resnet18", "default", 0.66),
         ("resnet50", "default", 0.80),
-        ("resnet18", "lean", 0.52),
-        ("resnet50", "lean", 0.51),
-        ("resnext50_32x4d", "lean", 0.55),
+        ("resnet18", "lean", 0.49),
+        ("resnet50", "lean", 0.45),
+        ("resnext50_32x4d", "lean", 0.48),
     ],
 )
 def test_saved_for_backward(name, memory, most):
@@ -66,7 +66,9 @@ def test_native_blocks_follow_memory():
     default = saved_bytes(resnet_fast.convert(model), x)
     resnet_fast.convert(model, memory="lean")
     report = resnet_fast.explain(model)
-    assert "recomputed" in str(report) and sum(row.recomputed for row in report.rows) == 17  # 16 blocks and the stem
+    assert (
+        "recomputed" in str(report) and sum(row.recomputed for row in report.rows) == 20
+    )  # 16 blocks, the stem, three projections
     assert saved_bytes(model, x) < 0.7 * default
     assert copy.deepcopy(model).layer1[0].memory == "lean"
     resnet_fast.restore(model)
@@ -87,8 +89,8 @@ def test_unknown_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "most"), [("resnet18", 0.70), ("resnet50", 0.80)])
-def test_peak_of_a_process(name, most):
+@pytest.mark.parametrize(("name", "most", "lean_most"), [("resnet18", 0.70, 0.52), ("resnet50", 0.80, 0.48)])
+def test_peak_of_a_process(name, most, lean_most):
     """The resident set a step adds to a process of its own, at its highest.
 
     Beside what is saved it has gradients, the optimiser's and the allocator's bytes, and backward's working memory, which
@@ -102,4 +104,4 @@ def test_peak_of_a_process(name, most):
     assert done.returncode == 0, done.stderr
     peaks = dict(line.split() for line in done.stdout.splitlines())
     eager, default, lean = (float(peaks[engine]) for engine in ("eager", "default", "lean"))
-    assert default <= most * eager and lean <= 0.52 * eager, peaks
+    assert default <= most * eager and lean <= lean_most * eager, peaks

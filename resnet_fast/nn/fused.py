@@ -60,8 +60,9 @@ def conv_bn_act(
     )  # fmt: skip
 
 
-#: With memory "lean" a convolution is computed again in backward where an output value takes at most so many
-#: multiplications and additions: 1x1 convolutions and the stem. A 3x3 one takes 576 and more: too much time for its bytes.
+#: With memory "lean" a convolution at the end of a block, its projection or the stem is computed again in backward where
+#: an output value takes at most so many multiplications and additions: 1x1 convolutions and the stem. A 3x3 one takes 576
+#: and more: too much time for its bytes.
 RECOMPUTE_DEPTH = 512
 
 Links = Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]
@@ -70,7 +71,7 @@ Shortcut = Tensor | Callable[[Tensor], Tensor] | None
 
 
 def recomputes(conv: nn.Module) -> bool:
-    """Whether `memory="lean"` computes this convolution again in backward, at the end of a block or stem."""
+    """Whether `memory="lean"` computes this convolution again in backward, as the end of a block, projection or stem."""
     return type(conv) is nn.Conv2d and conv.weight[0].numel() <= RECOMPUTE_DEPTH
 
 
@@ -88,10 +89,11 @@ def chain(
     last convolution's output where that `recomputes`. With `pool` (to one pixel) the mean of that end, which then is
     neither written nor kept where the block has gradients.
     """
-    if pool is not None and (lean or act != "relu" or why_not_end(pool) or not torch.is_grad_enabled()):
+    again = lean and recomputes(links[-1][0])
+    if pool is not None and (again or act != "relu" or why_not_end(pool) or not torch.is_grad_enabled()):
         return pool(chain(x, links, shortcut, act, lean))
     plain = isinstance(x, Proxy) or any(why_not_fused(conv, bn) or isinstance(conv.padding, str) for conv, bn in links)
-    again = lean and not plain and recomputes(links[-1][0])
+    again = again and not plain
     if plain or not torch.is_grad_enabled() or (len(links) == 1 and not again):
         residual = shortcut(x) if callable(shortcut) else shortcut
         for conv, bn in links[:-1]:
@@ -120,18 +122,29 @@ def block(
     In training on a CPU one operator; else, and with whatever that does not take, a `chain` of them.
     """
     path = links if projection is None else [*links, projection]
-    again = lean and recomputes(links[-1][0])
-    if not again and pool is None and _is_whole(x, path) and (projection is not None or not _is_cast(x)):
+    pools = pool is not None and not (lean and recomputes(links[-1][0]))  # what is written anyway is pooled behind it
+    if not pools and _is_whole(x, path) and (projection is not None or not _is_cast(x)):
+        again = [lean and i >= len(links) - 1 and recomputes(conv) for i, (conv, _) in enumerate(path)]
         whole = [
-            Link(conv.weight, _norm(bn), conv.stride, conv.padding, conv.dilation, conv.groups) for conv, bn in path
+            Link(conv.weight, _norm(bn), conv.stride, conv.padding, conv.dilation, conv.groups, recompute)
+            for (conv, bn), recompute in zip(path, again)
         ]
         last = None if projection is None else whole.pop()
-        return functional.residual_block(x, whole, last)
+        y = functional.residual_block(x, whole, last)
+        return y if pool is None else pool(y)
 
     def shortcut(x: Tensor) -> Tensor:
-        return x if projection is None else conv_bn_act(x, *projection, act=None)
+        if projection is None:
+            return x
+        if lean and torch.is_grad_enabled() and recomputes(projection[0]) and not _why_not_recomputed(*projection):
+            return _recomputed(x, [projection], None, None)
+        return conv_bn_act(x, *projection, act=None)
 
     return chain(x, links, shortcut, lean=lean, pool=pool)
+
+
+def _why_not_recomputed(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> str | None:
+    return why_not_fused(conv, bn) or ("padding by name is not fused" if isinstance(conv.padding, str) else None)
 
 
 def _is_whole(x: Tensor, path: Links) -> bool:

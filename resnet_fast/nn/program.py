@@ -290,7 +290,8 @@ def fused_count(steps: list[Step]) -> int:
 def recomputed_count(root: nn.Module, steps: list[Step]) -> int:
     """How many convolutions of a program are computed again in backward."""
     lean = [step for step in steps if isinstance(step, Chain | Stem) and step.lean]
-    return sum(fused.recomputes(resolve(root, step.links[-1].conv)) for step in lean)
+    ends = [step.links[-1] for step in lean] + [s.projection for s in lean if isinstance(s, Chain) and s.projection]
+    return sum(fused.recomputes(resolve(root, link.conv)) for link in ends)
 
 
 def _fill(data: Any, values: list[Any]) -> Any:

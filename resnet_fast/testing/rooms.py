@@ -77,7 +77,7 @@ def plain_call(op: str, device: str = "cpu") -> tuple[str, tuple]:
             *window,
             [],
         ),
-        "residual_block": (x, w, None, None, *[None] * 9, [1e-5], [1, 1, 1, 1, 1, 1, 1]),
+        "residual_block": (x, w, None, None, *[None] * 9, [1e-5], [1, 1, 1, 1, 1, 1, 1], [False]),
         "scale_add_relu": (x, torch.rand(2, 16, 1, 1, device=device), x.clone()),
         "max_pool2d": (x, [3, 3], [2, 2], [1, 1], [1, 1], [4, 4], False),
     }[op]

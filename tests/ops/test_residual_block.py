@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -59,12 +60,13 @@ def windows(case):
     return named if projection is None else named | {"p": (projection[2], projection[1] // 2, 1, 1)}
 
 
-def ours(case, x, running=None, **given):
+def ours(case, x, running=None, recompute=(), **given):
+    """`recompute`: the names of links whose convolution backward computes again."""
     made = {}
     for name, (stride, padding, dilation, groups) in windows(case).items():
         statistics = (None, None) if running is None else running[name]
         bn = Norm(*statistics, given.get(f"gamma{name}"), given.get(f"beta{name}"), True, 0.3, 1e-5)
-        made[name] = Link(given[f"w{name}"], bn, stride, padding, dilation, groups)
+        made[name] = Link(given[f"w{name}"], bn, stride, padding, dilation, groups, name in recompute)
     projection = made.pop("p", None)
     return functional.residual_block(x, list(made.values()), projection)
 
@@ -197,13 +199,71 @@ def test_statistics_inside_a_convolution_change_no_bit(width, dtype, offset):
     tensors = []
     for of, to, size in ((c, k, 1), (k, k, 3), (k, c, 1)):
         tensors += [torch.randn(to, of, size, size) / (of * size * size) ** 0.5, torch.rand(to) + 0.5, torch.randn(to)]
-    given = (*tensors, None, None, None, [1e-5] * 3, [1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1])
+    sizes = [1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1]
+    given = (*tensors, None, None, None, [1e-5] * 3, sizes, [False] * 3)
     with use_backend("cpu"):
         whole, apart = cpu.fwd(x, *given), parts.forward(x, *given)
         assert all(torch.equal(a, b) for a, b in zip(whole, apart, strict=True))
         dy, wants = torch.randn_like(whole[0]), [True] * 10 + [False] * 3
         whole, apart = cpu.bwd(dy, x, *whole, *given, wants), parts.backward(dy, x, *whole, *given, wants)
         assert all(torch.equal(a, b) for a, b in zip(whole, apart, strict=True))
+
+
+def ends(case):
+    """The links whose output need not be kept."""
+    return str(len(CASES[case][1]) - 1), *(() if CASES[case][2] is None else ("p",))
+
+
+def saved_values(case, recompute, given):
+    """Values of the maps a block keeps for backward."""
+    maps = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: maps.append(t) or t, lambda t: t):
+        y = ours(case, recompute=recompute, **{k: v.detach().clone().requires_grad_() for k, v in given.items()})
+    return sum(t.numel() for t in maps if t.dim() == 4), y.numel()
+
+
+def gradients(case, recompute, given, wanted):
+    fresh = {k: v.detach().clone().requires_grad_(k in wanted) for k, v in given.items()}
+    return torch.autograd.grad(ours(case, recompute=recompute, **fresh).square().sum(), [fresh[k] for k in wanted])
+
+
+@pytest.mark.skipif(native is not None, reason=f"the compiled module is not there: {native}")
+@pytest.mark.parametrize("case", [case for case in CASES if case != "groups of three"])
+def test_what_is_computed_again_has_the_bits_of_what_is_kept(case):
+    """Every combination of ends; of the maps kept theirs are gone."""
+    given, found, kept = inputs(case), {}, {}
+    with use_backend("cpu"):
+        for size in range(len(ends(case)) + 1):
+            for recompute in itertools.combinations(ends(case), size):
+                found[recompute] = gradients(case, recompute, given, list(given))
+                kept[recompute], values = saved_values(case, recompute, given)
+                kept[recompute] += size * values
+    for recompute, results in found.items():
+        assert all(torch.equal(a, b) for a, b in zip(results, found[()], strict=True)), recompute
+        assert kept[recompute] == kept[()]
+
+
+@pytest.mark.parametrize("case", ["identity of three", "strided projection", "one link", "groups of three"])
+def test_computed_again_by_its_parts(case):
+    """Torch's norm rounds otherwise by known statistics, as which backward has them: by the law, not to the bit."""
+
+    def make():
+        return kept_away(case, inputs(case))
+
+    with exact(), use_backend("auto" if case == "groups of three" else "eager"):
+        check.compare(partial(ours, case, recompute=ends(case)), partial(plain, case), make, list(make()))
+
+
+@pytest.mark.parametrize("recompute", [("2",), ("2", "p")], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_subsets_of_gradients_of_what_is_computed_again(backend, recompute):
+    case = "strided projection"
+    given = inputs(case)
+    with use_backend(backend):
+        whole = dict(zip(given, gradients(case, recompute, given, list(given))))
+        for wanted in [[name] for name in given] + [["w2", "gammap"], ["x", "w2"], ["wp", "beta2"]]:
+            for name, grad in zip(wanted, gradients(case, recompute, given, wanted), strict=True):
+                assert torch.equal(grad, whole[name]), (wanted, name)
 
 
 @pytest.mark.parametrize("case", ["identity of three", "strided projection"])
@@ -283,7 +343,8 @@ def test_opcheck():
     sizes = [s for w in windows("strided projection").values() for s in (w[0], w[0], w[1], w[1], w[2], w[2], w[3])]
     op = torch.ops.resnet_fast.residual_block.default
     x = given["x"].contiguous(memory_format=torch.channels_last).requires_grad_()
-    torch.library.opcheck(op, (x, *tensors, [1e-5] * 4, sizes))
+    for recompute in ([False] * 4, [False, False, True, True]):
+        torch.library.opcheck(op, (x, *tensors, [1e-5] * 4, sizes, recompute))
 
 
 def test_affine_free_norms_and_layouts():
@@ -309,6 +370,8 @@ def test_bad_input():
     bn = Norm(torch.zeros(17), torch.ones(17), None, None, False, 0.1, 1e-5)
     with pytest.raises(ValueError, match="training=False"):
         functional.residual_block(given["x"], [Link(given["w0"], bn)])
+    with pytest.raises(ValueError, match="recompute of the last link or the projection"):
+        ours("identity of two", recompute=("0",), **given)
     with pytest.raises(ValueError, match="one to three links, got 0"):
         functional.residual_block(given["x"], [])
     with pytest.raises(ValueError, match="numbers"):

@@ -50,7 +50,7 @@ def why_not(door: str, *args: object) -> str | None:
     """Dense CPU tensors of one dtype, float32 or bfloat16; filters and vectors float32, as float32 models and autocast have."""
     count = 3 * (eager.LINKS + 1)
     if door == "fwd":
-        images, tensors, rest = args[:1], args[1 : 1 + count], args[1 + count :]
+        images, tensors, rest = args[:1], args[1 : 1 + count], args[1 + count : 3 + count]
     else:
         start = 4 + eager.LINKS + 1
         images, tensors, rest = args[:3], args[start : start + count], args[start + count : start + count + 2]
@@ -76,11 +76,13 @@ def whole_unmeasured(door: str) -> bool:
     return True
 
 
-def _addresses(layout: Layout, tensors: list[tuple[Tensor | None, ...]], z: list[Tensor], statistics: Tensor) -> list:
+def _addresses(
+    layout: Layout, tensors: list[tuple[Tensor | None, ...]], z: list[Tensor | None], statistics: Tensor
+) -> list:
     base, width = statistics.data_ptr(), statistics.element_size()
     return [
-        [*map(common.address, given), out.data_ptr(), base + width * at, base + width * (at + out.shape[1])]
-        for given, out, at in zip(tensors, z, layout.at)
+        [*map(common.address, given), common.address(out), base + width * at, base + width * (at + shape[1])]
+        for given, out, shape, at in zip(tensors, z, layout.shapes, layout.at)
     ]
 
 
@@ -100,14 +102,18 @@ def fwd(
     betap: Tensor | None,
     eps: list[float],
     windows: list[int],
+    recompute: list[bool],
 ) -> tuple[Tensor, ...]:
-    """y, the statistics (mean and biased variance of every link, the projection last), and the convolutions' outputs."""
+    """y, the statistics (mean and biased variance of every link, the projection last), and the convolutions' outputs.
+
+    Outputs that backward is to `recompute` are empty.
+    """
     tensors = (w0, gamma0, beta0, w1, gamma1, beta1, w2, gamma2, beta2, wp, gammap, betap)
     layout, projects = _of(x, tensors, eps, windows), wp is not None
     links = [tensors[i : i + 3] for i in range(0, len(tensors), 3) if tensors[i] is not None]
     main = len(links) - projects
     x = common.channels_last(x)
-    z = [common.cpu_output(shape, x.dtype) for shape in layout.shapes]
+    z = [None if again else common.cpu_output(shape, x.dtype) for shape, again in zip(layout.shapes, recompute)]
     y, statistics = common.cpu_output(layout.shapes[main - 1], x.dtype), torch.empty(layout.size)
     _native.module().residual_block_forward(
         _native.DTYPES[x.dtype], x.data_ptr(), y.data_ptr(), layout.settings, _addresses(layout, links, z, statistics),
@@ -139,13 +145,15 @@ def bwd(
     betap: Tensor | None,
     eps: list[float],
     windows: list[int],
+    recompute: list[bool],
     wants: list[bool],
 ) -> tuple[Tensor, ...]:
     """dx and the gradients of the twelve tensors, as far as wanted (empty where not)."""
     tensors = (w0, gamma0, beta0, w1, gamma1, beta1, w2, gamma2, beta2, wp, gammap, betap)
     layout, outputs = _of(x, tensors, eps, windows), (z0, z1, z2, zp)
     there = [i for i in range(eager.LINKS + 1) if tensors[3 * i] is not None]
-    links, z = [tensors[3 * i : 3 * i + 3] for i in there], [outputs[i] for i in there]
+    links = [tensors[3 * i : 3 * i + 3] for i in there]
+    z = [None if again else outputs[i] for i, again in zip(there, recompute)]
     grads = [None if want else x.new_empty(0) for want in wants]
     for i, t in enumerate(tensors, 1):
         if wants[i]:
@@ -165,4 +173,4 @@ def bwd(
     if fine:
         return tuple(grads)
     # Something was not finite in a way that reaches other values than torch's: link by link, whose room sees to that.
-    return parts.backward(dy, x, y, statistics, *outputs, *tensors, eps, windows, wants)
+    return parts.backward(dy, x, y, statistics, *outputs, *tensors, eps, windows, recompute, wants)

@@ -80,15 +80,20 @@ def fwd(
     betap: Tensor | None,
     eps: list[float],
     windows: list[int],
+    recompute: list[bool],
 ) -> tuple[Tensor, ...]:
-    """y, the statistics (mean and biased variance of every link, the projection last), and the convolutions' outputs."""
+    """y, the statistics (mean and biased variance of every link, the projection last), and the convolutions' outputs.
+
+    Outputs that backward is to `recompute` are empty.
+    """
     tensors = (w0, gamma0, beta0, w1, gamma1, beta1, w2, gamma2, beta2, wp, gammap, betap)
-    return fwd_by(eagerly, x, *tensors, eps, windows)
+    return fwd_by(eagerly, x, *tensors, eps, windows, recompute)
 
 
 def fwd_by(run: Callable[..., Any], x: Tensor, *given: Any) -> tuple[Tensor, ...]:
     """`fwd` by `run(op, door, *args)`."""
-    links, projection = unpack(given[:-2], *given[-2:])
+    *given, recompute = given
+    links, projection = unpack(tuple(given[:-2]), *given[-2:])
     path = links if projection is None else [*links, projection]
     h, residual, outputs, statistics = x, x, [], []
     for link in path:
@@ -105,10 +110,11 @@ def fwd_by(run: Callable[..., Any], x: Tensor, *given: Any) -> tuple[Tensor, ...
     y, *statistics[at] = run(
         "bn_act", "fwd", outputs[at], last.gamma, last.beta, None, None, residual, True, last.eps, True
     )
-    return y, torch.cat([t for found in statistics for t in found]), *spread(outputs, len(links), x)
+    kept = [None if again else z for z, again in zip(outputs, recompute, strict=True)]
+    return y, torch.cat([t for found in statistics for t in found]), *spread(kept, len(links), x)
 
 
-def spread(outputs: list[Tensor], links: int, x: Tensor) -> list[Tensor]:
+def spread(outputs: list[Tensor | None], links: int, x: Tensor) -> list[Tensor]:
     """The convolutions' outputs in their places: three links, the projection; empty where there is none."""
     given = [*outputs[:links], *[None] * (LINKS - links), *(outputs[links:] or [None])]
     return [x.new_empty(0) if z is None else z for z in given]
@@ -137,11 +143,12 @@ def bwd(
     betap: Tensor | None,
     eps: list[float],
     windows: list[int],
+    recompute: list[bool],
     wants: list[bool],
 ) -> tuple[Tensor, ...]:
     """dx and the gradients of the twelve tensors, as far as wanted (empty where not)."""
     tensors = (w0, gamma0, beta0, w1, gamma1, beta1, w2, gamma2, beta2, wp, gammap, betap)
-    given = (x, y, statistics, z0, z1, z2, zp, *tensors, eps, windows, wants)
+    given = (x, y, statistics, z0, z1, z2, zp, *tensors, eps, windows, recompute, wants)
     return bwd_by(eagerly, lambda *args: conv2d.dgrad_onto(*args), dy, *given)
 
 
@@ -149,7 +156,7 @@ def bwd_by(
     run: Callable[..., Any], onto: Callable[..., Tensor], dy: Tensor, x: Tensor, *given: Any
 ) -> tuple[Tensor, ...]:
     """`bwd` by `run(op, door, *args)`, and `onto` as conv2d's dgrad_onto."""
-    y, statistics, *rest, eps, windows, wants = given
+    y, statistics, *rest, eps, windows, recompute, wants = given
     links, projection = unpack(tuple(rest[LINKS + 1 :]), eps, windows)
     count = len(links)
     path = links if projection is None else [*links, projection]
@@ -162,10 +169,14 @@ def bwd_by(
     def wanted(i: int) -> list[bool]:
         return list(wants[1 + 3 * places[i] : 4 + 3 * places[i]])
 
-    def norm(i: int, dout: Tensor, mask: Tensor | None, relu: bool, residual: bool) -> tuple[Tensor, Tensor]:
+    def output(i: int, h: Tensor | None) -> Tensor:
+        """z of a link that reads h: the one kept, or computed again."""
+        return run("conv2d", "fwd", h, path[i].weight, None, *path[i].window) if recompute[i] else outputs[i]
+
+    def norm(i: int, dout: Tensor, z: Tensor, mask: Tensor | None, relu: bool, residual: bool) -> tuple[Tensor, Tensor]:
         link = path[i]
         vectors = (link.gamma, link.beta, *statistics[i], True, link.eps, relu)
-        given = (dout, outputs[i], mask, *vectors, [True, *wanted(i)[1:], residual])
+        given = (dout, z, mask, *vectors, [True, *wanted(i)[1:], residual])
         dz, *vectors, g = run("bn_act", "bwd", *given)
         for j, d in enumerate(vectors):
             grads[2 + 3 * places[i] + j] = d if wanted(i)[1 + j] else None
@@ -177,6 +188,9 @@ def bwd_by(
             grads[1 + 3 * places[i]] = common.like_weight(dw, path[i].weight)
 
     def activation(i: int) -> Tensor:
+        """What link i + 1 reads."""
+        if i < 0:
+            return x
         link = path[i]
         given = (outputs[i], link.gamma, link.beta, *statistics[i], None, False, link.eps, True)
         return run("bn_act", "fwd", *given)[0]
@@ -185,15 +199,17 @@ def bwd_by(
         return run("conv2d", "bwd", dz, like, path[i].weight, False, *path[i].window, [True, False, False])[0]
 
     shortcut = wants[0] if projection is None else wants[0] or any(wanted(count))
-    dz, g = norm(count - 1, dy, y, True, shortcut)
+    h = activation(count - 2) if recompute[count - 1] else None  # for its output and for its weight's gradient
+    dz, g = norm(count - 1, dy, output(count - 1, h), y, True, shortcut)
     for i in range(count - 1, 0, -1):
-        weight(i, dz, lambda i=i: activation(i - 1))
+        weight(i, dz, lambda i=i, h=h: activation(i - 1) if h is None else h)
+        h = None
         if not wants[0] and not any(any(wanted(j)) for j in range(i)):
             break
-        dz, _ = norm(i - 1, data(i, dz, outputs[i - 1]), None, True, False)
+        dz, _ = norm(i - 1, data(i, dz, outputs[i - 1]), outputs[i - 1], None, True, False)
     weight(0, dz, lambda: x)
     if projection is not None and shortcut:
-        dzp, _ = norm(count, g, None, False, False)
+        dzp, _ = norm(count, g, output(count, x), None, False, False)
         weight(count, dzp, lambda: x)
         g = data(count, dzp, x) if wants[0] else g
     if wants[0]:

@@ -26,6 +26,7 @@ class Link(NamedTuple):
     padding: int | tuple[int, int] = 0
     dilation: int | tuple[int, int] = 1
     groups: int = 1
+    recompute: bool = False  #: its convolution's output is computed again in backward instead of kept
 
 
 def residual_block(x: Tensor, links: Sequence[Link], projection: Link | None = None) -> Tensor:
@@ -41,18 +42,23 @@ def residual_block(x: Tensor, links: Sequence[Link], projection: Link | None = N
         batch's statistics, and the running ones move, as in `bn_act`.
     Cost:
         The convolutions', and of every one's output z: written once, read for the statistics, read to be normalised.
-        Saved for backward: x, y, every z and two vectors of each; what lies between links is computed again.
+        Saved for backward: x, y, every z and two vectors of each; what lies between links is computed again. The last link
+        and the projection may `recompute` theirs: z is not kept, and backward computes that convolution once more.
     Raises:
         ValueError: not one to three links, a norm without its batch's statistics or over several processes, padding by name,
-        one value per channel. RuntimeError: shapes that do not fit together, several dtypes or devices.
+        one value per channel, an inner link that is to recompute. RuntimeError: shapes that do not fit together, several
+        dtypes or devices.
     Source:
-        He et al., Deep Residual Learning for Image Recognition, 2015; Rota Bulò et al., In-Place Activated BatchNorm, 2018.
+        He et al., Deep Residual Learning for Image Recognition, 2015; Rota Bulò et al., In-Place Activated BatchNorm, 2018;
+        Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
     """
     path = [*links, *([] if projection is None else [projection])]
     if not 1 <= len(links) <= eager.LINKS:
         raise ValueError(f"{OP}: wanted one to three links, got {len(links)}")
     for link in path:
         _check_norm(x, link)
+    if any(link.recompute for link in links[:-1]):
+        raise ValueError(f"{OP}: wanted recompute of the last link or the projection only, got it of an inner link")
     windows = tuple((*map(_pair, link[2:5]), link.groups) for link in path)
     shapes = _shapes(x.shape, tuple(link.weight.shape for link in path), windows, projection is not None)
     _check_tensors(x, path)
@@ -62,7 +68,8 @@ def residual_block(x: Tensor, links: Sequence[Link], projection: Link | None = N
     tensors.append(none if projection is None else (projection.weight, *projection.bn[2:4]))
     eps = [link.bn.eps for link in path]
     flat = [size for *pairs, groups in windows for size in (*(s for p in pairs for s in p), groups)]
-    y, statistics, *_ = _forward(x, *(t for three in tensors for t in three), eps, flat)
+    recompute = [link.recompute for link in path]
+    y, statistics, *_ = _forward(x, *(t for three in tensors for t in three), eps, flat, recompute)
     norms = [link.bn for link in path]
     checks.update_running_each(norms, statistics, shapes)
     return y
@@ -131,6 +138,7 @@ def _run_backward(dy, x, *given):
 
 
 def _fake(x, *given):
+    *given, recompute = given
     links, projection = eager.unpack(given[:-2], *given[-2:])
     h, outputs = x, []
     for link in links:
@@ -139,11 +147,12 @@ def _fake(x, *given):
     if projection is not None:
         outputs.append(common.empty_convolution(x, projection.weight, *projection.window[:3]))
     statistics = x.new_empty(2 * sum(z.shape[1] for z in outputs), dtype=checks.statistics_dtype(x))
-    return torch.empty_like(h), statistics, *eager.spread(outputs, len(links), x)
+    kept = [None if again else z for z, again in zip(outputs, recompute, strict=True)]
+    return torch.empty_like(h), statistics, *eager.spread(kept, len(links), x)
 
 
 def _fake_backward(dy, x, y, statistics, z0, z1, z2, zp, *given):
-    *tensors, _, _, wants = given
+    *tensors, _, _, _, wants = given
     grads = [common.empty_output(x) if wants[0] else x.new_empty(0)]
     for t, want in zip(tensors, wants[1:], strict=True):
         vector = t is not None and t.dim() == 1
@@ -153,7 +162,7 @@ def _fake_backward(dy, x, y, statistics, z0, z1, z2, zp, *given):
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, *tensors, ctx.eps, ctx.windows = inputs
+    x, *tensors, ctx.eps, ctx.windows, ctx.recompute = inputs
     y, *found = output
     ctx.save_for_backward(x, y, *found, *tensors)
     ctx.mark_non_differentiable(*found)
@@ -168,13 +177,14 @@ def _backward(ctx, dy: Tensor, *_):
         found = iter(torch.autograd.grad(out, [t for t, w in zip(inputs, wants) if w], dy, create_graph=True))
         grads = [next(found) if want else None for want in wants]
     else:
-        grads = _gradient(dy, x, y, statistics, z0, z1, z2, zp, *tensors, ctx.eps, ctx.windows, wants)
+        settings = (ctx.eps, ctx.windows, ctx.recompute)
+        grads = _gradient(dy, x, y, statistics, z0, z1, z2, zp, *tensors, *settings, wants)
     dx = common.like_input(grads[0], x) if wants[0] else None
     rest = [
         None if not want else g if g.dtype is t.dtype else g.to(t.dtype)
         for g, t, want in zip(grads[1:], tensors, wants[1:])
     ]
-    return dx, *rest, None, None
+    return dx, *rest, None, None, None
 
 
 _TENSORS = "Tensor w0, Tensor? gamma0, Tensor? beta0, " + ", ".join(
@@ -182,14 +192,15 @@ _TENSORS = "Tensor w0, Tensor? gamma0, Tensor? beta0, " + ", ".join(
 )
 _forward = _library.compose(
     OP,
-    f"(Tensor x, {_TENSORS}, float[] eps, int[] windows) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor x, {_TENSORS}, float[] eps, int[] windows, bool[] recompute) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=_run,
     fake=_fake,
 )
 _gradient = _library.compose(
     f"{OP}_backward",
     "(Tensor dy, Tensor x, Tensor y, Tensor statistics, Tensor z0, Tensor z1, Tensor z2, Tensor zp, "
-    f"{_TENSORS}, float[] eps, int[] windows, bool[13] wants) -> ({', '.join(['Tensor'] * 13)})",
+    f"{_TENSORS}, float[] eps, int[] windows, bool[] recompute, bool[13] wants) -> ({', '.join(['Tensor'] * 13)})",
     run=_run_backward,
     fake=_fake_backward,
 )
