@@ -128,6 +128,7 @@ def autograd(
     """
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)  # else zeros of every output without a gradient: a block's convolutions' outputs
         ctx.forced, ctx.exact = backends.forced(), backends.is_exact()
         setup(ctx, inputs, output)
 
@@ -137,23 +138,19 @@ def autograd(
         with backends.use_backend(ctx.forced or "auto"), backends.exact(ctx.exact):
             return formula(ctx, *grads)
 
-    def run_backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def run_backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if grads[0] is None:  # nothing that follows depends on it
+            return (None,) * len(ctx.needs_input_grad)
         return as_in_forward(ctx, backward, *grads)
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=_lib)
     operator = _operators[name]
 
     def node_forward(ctx: Any, *args: Any) -> Any:
-        ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
             output = operator.run(*args)
         setup_context(ctx, args, output)
         return output
-
-    def node_backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        if grads[0] is None:  # nothing that follows depends on it
-            return (None,) * len(ctx.needs_input_grad)
-        return run_backward(ctx, *grads)
 
     def joining_forward(ctx: Any, *args: Any) -> Any:
         return node_forward(ctx, *args), args[0]
@@ -168,7 +165,7 @@ def autograd(
         return type(word, (torch.autograd.Function,), doors)
 
     word = "".join(part.capitalize() for part in name.split("_"))
-    operator.node = node(word, node_forward, node_backward)
+    operator.node = node(word, node_forward, run_backward)
     if joined is not None:
         operator.joining = node(f"{word}Joining", joining_forward, joining_backward)
 

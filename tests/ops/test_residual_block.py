@@ -376,3 +376,13 @@ def test_bad_input():
         functional.residual_block(given["x"], [])
     with pytest.raises(ValueError, match="numbers"):
         functional.residual_block(given["x"], [Link(given["w0"], bn._replace(training=True), padding="same")])
+
+
+def test_outputs_without_a_gradient_cost_none():
+    """By torch's dispatcher too, as the profiler calls it: no zeros stand in for the gradients of what is kept."""
+    given = {k: v.requires_grad_() for k, v in inputs("projection").items()}
+    with torch.profiler.profile(record_shapes=True) as profile:
+        ours("projection", **given).backward(torch.ones(2, 24, 7, 9))
+    events = profile.key_averages(group_by_input_shape=True)
+    assert any(e.key == "resnet_fast::residual_block_backward" for e in events)
+    assert not [e for e in events if e.key == "aten::zero_" and e.input_shapes and len(e.input_shapes[0]) == 4]
