@@ -63,7 +63,7 @@ sanitize: .venv-test/.done  ## the kernels' tests under AddressSanitizer and Und
 	  ../../.venv-test/bin/python setup.py -q build_ext --inplace
 	cd build/sanitize && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$(call preload,libasan.so) $(call preload,libubsan.so) $(call preload,libstdc++.so.6)" \
-	  PYTHONPATH=. ../../.venv-test/bin/python -m pytest tests/kernels tests/ops/test_residual_block.py -p no:cacheprovider $(PYTEST_ARGS)
+	  PYTHONPATH=. ../../.venv-test/bin/python -m pytest tests/kernels tests/ops/test_residual_block.py tests/test_buffers.py -p no:cacheprovider $(PYTEST_ARGS)
 
 gpu-proof: .venv-test/.done  ## what can be proved about the GPU kernels without a GPU
 	.venv-test/bin/python -m pytest -n auto tests/triton tests/cuda -m 'proof or not proof' $(PYTEST_ARGS)
