@@ -6,10 +6,13 @@
 // block after block: the bits are the same for any team. While the tiles multiply they fetch the
 // block after this one. Tried and lost: packing strips of filters and panels of columns apart from each other, so that
 // tiles read them with stride 1: dozens of streams to write; 56x56, 64 to 256 took 11.3 ms in float32, of which the
-// tiles took 7.4. bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not.
-// There one operand only is packed, the narrower one: the tiles join the other's pixels in registers, and where that is
-// dy they make dw turned, rows (r, s, c) by panels of filters. Groups of as many filters as channels that a vector
-// holds whole, or that vectors fill, are wgrad_grouped.cpp's: here panels of so few columns stay empty.
+// tiles took 7.4. Where dw is small beside the depth and something is packed, 16 or 32 parts of the depth are summed
+// apart instead, each by one thread from what it packs itself, and the sums added in order: no thread reads what
+// another wrote (bf16 56x56, 64 to 256 on two cores: 3.8 to 2.2 ms where they have two L3s, 2.3 where they share one).
+// bf16: two pixels are a word, multiplied by vdpbf16ps where the machine has it; widened where not. There one operand
+// only is packed, the narrower one: the tiles join the other's pixels in registers, and where that is dy they make dw
+// turned, rows (r, s, c) by panels of filters. Groups of as many filters as channels that a vector holds whole, or that
+// vectors fill, are wgrad_grouped.cpp's: here panels of so few columns stay empty.
 #include "../conv_backward.h"
 #include "../workspace.h"
 #include "conv_algorithms.h"
@@ -22,6 +25,9 @@ namespace RF_ISA {
 namespace {
 
 constexpr int64_t kLeastBlock = 1 << 17, kMostBlock = 1 << 21;  // words of packed dy and x
+constexpr int64_t kMostParts = 32, kLeastParts = 16;            // parts of depth, where there are several
+constexpr int64_t kLeastPart = 256;                             // words of one
+constexpr int64_t kPartSums = 5 << 18;                          // floats of the sums of all
 
 template <class T, class Word>
 struct Plan {
@@ -35,6 +41,7 @@ struct Plan {
   int64_t panels;
   Strips strips;
   int64_t depth, chain, block, blocks;  // words of depth
+  int64_t parts = 1, part;              // of depth, each summed by one thread: where dw is small beside it
   int64_t dy_row, x_row;                // words from step to step of depth
 
   explicit Plan(const ConvShape& shape) : s(shape), strips(0) {
@@ -63,6 +70,13 @@ struct Plan {
     blocks = ceil_div(depth, larger(round_up(words / (dy_row + x_row), unit), 2 * unit));
     block = round_up(ceil_div(depth, blocks), unit);
     blocks = ceil_div(depth, block);
+    part = depth;
+    const int64_t able = smaller(kPartSums / (tiles() * kTileRows * kPanel), depth / kLeastPart);
+    if (able >= kLeastParts && dy_words() + x_words() > 0) {  // what is packed would be passed from thread to thread
+      part = round_up(ceil_div(depth, able >= kMostParts ? kMostParts : kLeastParts), unit);
+      parts = ceil_div(depth, part);
+      block = round_up(ceil_div(part, ceil_div(part, block)), unit);
+    }
     if (kPairs) chain = block;  // float32's rounding is nothing beside bf16's
   }
   // An odd number of cache lines: rows a power of two apart would share the caches' sets.
@@ -121,19 +135,58 @@ class WgradGemm {
   // Two buffers where there are several blocks, so that a team packs a block while its last still multiplies; the sums
   // of all tiles, or one tile a thread where one block is all; a pixel of zeros.
   static int64_t words(const Plan& p, int threads) {
+    if (p.parts > 1) return threads * (p.dy_words() + p.x_words()) + p.parts * p.tiles() * kTile + zero_words(p);
     return (p.blocks > 1 ? 2 : 1) * (p.dy_words() + p.x_words()) + (p.blocks > 1 ? p.tiles() : threads) * kTile +
            zero_words(p);
   }
   static int64_t zero_words(const Plan& p) { return round_up(p.s.C, int64_t(kPanel)); }
 
-  void run() {
-    const int64_t block_words = p_.dy_words() + p_.x_words();
-    float* sums = reinterpret_cast<float*>(buffer_ + (p_.blocks > 1 ? 2 : 1) * block_words);
-    float* zeros = sums + (p_.blocks > 1 ? p_.tiles() : team_.size) * kTile;
+  void run() { p_.parts > 1 ? run_parts() : run_tiles(); }
+
+ private:
+  // Every thread its parts of the depth, alone: nothing it packs or asks for is another's.
+  void run_parts() {
+    const int64_t block_words = p_.dy_words() + p_.x_words(), tiles = p_.tiles();
+    Word* packed = buffer_ + team_.rank * block_words;
+    float* sums = reinterpret_cast<float*>(buffer_ + team_.size * block_words);
+    clear(sums + p_.parts * tiles * kTile);
+    team_.each(p_.parts, [&](int64_t part) {
+      const int64_t end = smaller((part + 1) * p_.part, p_.depth);
+      for (int64_t begin = part * p_.part; begin < end; begin += p_.block) {
+        const Range words{begin, smaller(begin + p_.block, end)}, all{0, words.size()};
+        const Range next{words.end, smaller(words.end + p_.block, p_.depth)};
+        pack(begin, all, packed);
+        Stream ahead[2] = {dy_stream(next, next, tiles * all.size()), x_stream(next, next, tiles * all.size())};
+        for (int64_t i = 0; i < tiles; ++i) {
+          float* sum = sums + (part * tiles + i) * kTile;
+          multiply(words, tile_at(i), packed, sum, begin == part * p_.part, ahead);
+        }
+      }
+    });
+    team_.sync();
+    team_.each(tiles, [&](int64_t i) {
+      float* sum = sums + i * kTile;
+      for (int64_t part = 1; part < p_.parts; ++part) {
+        const float* other = sum + part * tiles * kTile;
+        for (int j = 0; j < kTile; j += kLanes) store(sum + j, load(sum + j) + load(other + j));
+      }
+      write(tile_at(i), sum);
+    });
+  }
+
+  // The pixel of zeros, for all to read.
+  void clear(float* zeros) {
     zeros_ = reinterpret_cast<const T*>(zeros);
-    const Range zero = team_.share(zero_words(p_)), mine = team_.share(p_.tiles());
+    const Range zero = team_.share(zero_words(p_));
     std::memset(zeros + zero.begin, 0, size_t(zero.size()) * 4);
     team_.sync();
+  }
+
+  void run_tiles() {
+    const int64_t block_words = p_.dy_words() + p_.x_words();
+    float* sums = reinterpret_cast<float*>(buffer_ + (p_.blocks > 1 ? 2 : 1) * block_words);
+    clear(sums + (p_.blocks > 1 ? p_.tiles() : team_.size) * kTile);
+    const Range mine = team_.share(p_.tiles());
     for (int64_t block = 0; block < p_.blocks; ++block) {
       const Range words{block * p_.block, smaller((block + 1) * p_.block, p_.depth)};
       Word* packed = buffer_ + block % 2 * block_words;
@@ -143,7 +196,10 @@ class WgradGemm {
         team_.sync();
       }
       const Range next{words.end, smaller(words.end + p_.block, p_.depth)};
-      Stream ahead[2] = {dy_stream(next, mine.size() * words.size()), x_stream(next, mine.size() * words.size())};
+      const Range share = team_.share(larger(next.size(), int64_t(0))),
+                  packs{next.begin + share.begin, next.begin + share.end};
+      const int64_t steps = mine.size() * words.size();
+      Stream ahead[2] = {dy_stream(next, packs, steps), x_stream(next, packs, steps)};
       const auto add = [&](int64_t i) {
         const Tile tile = tile_at(i);
         float* sum = sums + (p_.blocks > 1 ? i : team_.rank) * kTile;
@@ -158,7 +214,6 @@ class WgradGemm {
     }
   }
 
- private:
   struct Tile {
     int64_t group, strip, panel;
   };
@@ -191,18 +246,18 @@ class WgradGemm {
     run({dy + k, p_.dy_row}, Operand<Word>{x + (tile.group * p_.panels + tile.panel) * kPanel, p_.x_row});
   }
 
-  // The bytes of words of depth that this thread will read first: to multiply all, to pack its share.
-  Stream dy_stream(Range words, int64_t steps) const {
+  // The bytes of words of depth that this thread will read first: to multiply all, to pack what it packs.
+  Stream dy_stream(Range words, Range packs, int64_t steps) const {
     if (words.size() <= 0) return {};
-    const Range part = p_.dy_packed() ? team_.share(words.size()) : Range{0, words.size()};
-    const T* from = static_cast<const T*>(a_.dy) + (words.begin + part.begin) * kElements * s_.K;
+    const Range part = p_.dy_packed() ? packs : words;
+    const T* from = static_cast<const T*>(a_.dy) + part.begin * kElements * s_.K;
     return {from, part.size() * kElements * s_.K * int64_t(sizeof(T)), steps};
   }
-  Stream x_stream(Range words, int64_t steps) const {
+  Stream x_stream(Range words, Range packs, int64_t steps) const {
     const int64_t area = s_.stride_h * s_.stride_w;          // pixels of x for one of dy
     if (words.size() <= 0 || area > s_.R * s_.S) return {};  // few of the bytes in between are wanted
-    const Range part = p_.x_direct ? Range{0, words.size()} : team_.share(words.size());
-    const Pixel at(s_, (words.begin + part.begin) * kElements);
+    const Range part = p_.x_direct ? words : packs;
+    const Pixel at(s_, part.begin * kElements);
     const T* from =
         static_cast<const T*>(a_.x) + ((at.n * s_.H + at.p * s_.stride_h) * s_.W + at.q * s_.stride_w) * s_.C;
     return {from, part.size() * kElements * area * s_.C * int64_t(sizeof(T)), steps};

@@ -144,6 +144,29 @@ def test_same_bits_for_any_thread_count(case, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, out)), threads
 
 
+#: So many pixels to so small a filter that parts of them are summed apart: one operand packed or the other, both, and taps.
+DEEP = [
+    (4, 32, 56, 56, 48, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (4, 48, 56, 56, 64, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (5, 40, 53, 51, 24, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (4, 16, 57, 56, 16, (3, 3), (1, 1), (1, 1), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DEEP, ids=str)
+def test_deep_weight_gradients(case, dtype):
+    """By the law, and the same bits for any team, larger ones than there are parts too."""
+    dy, x, w = tensors(case, dtype)
+    w = w.to(dtype).float()
+    first = wgrad(dy, x, w, case)
+    assert_close(
+        first, reference(dy.double(), x.double(), w.double(), case)[1], reference(dy, x, w.to(dtype), case)[1], "dw"
+    )
+    for threads in (2, 3, 7, 40):
+        assert torch.equal(wgrad(dy, x, w, case, threads), first), threads
+
+
 def winograd_case(given):
     return (*given[:5], (3, 3), (given[6],) * 2, given[5], (1, 1))
 
