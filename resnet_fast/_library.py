@@ -128,7 +128,7 @@ def autograd(
     """
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.set_materialize_grads(False)  # else zeros of every output without a gradient: a block's convolutions' outputs
+        ctx.set_materialize_grads(False)  # else zeros stand in for every output without a gradient: a block's maps
         ctx.forced, ctx.exact = backends.forced(), backends.is_exact()
         setup(ctx, inputs, output)
 
